@@ -1,0 +1,1314 @@
+"""Everything that is not any paper's idea: data sets, the toy world, DeepLabV2, mIoU, pictures, run folders.
+
+The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no
+loss, no pseudo-label rule and no training loop in here.
+
+Shapes are written with the same letters everywhere:
+    N batch    C classes    H x W image    h x w feature grid (stride 8)    D feature channels    n a list of pixels
+Labels are indices into the task's class list; 255 means "ignore" wherever a label can stand.
+
+Look at a data set before you train on it (counts, sizes, class shares, the first broken file, a preview picture):
+
+    python common.py                                     # the built-in toy world
+    python common.py --source synthia --data-root DIR    # SYNTHIA -> Cityscapes
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+IGNORE = 255
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: what was found, where, what was expected."""
+
+
+# ================================================ classes and ids ================================================
+
+# Cityscapes name: (labelId on disk, raw SYNTHIA id, official colour), in trainId order.
+# GTA5 labels use the Cityscapes labelIds.
+_CLASSES = {
+    "road": (7, 3, (128, 64, 128)),
+    "sidewalk": (8, 4, (244, 35, 232)),
+    "building": (11, 2, (70, 70, 70)),
+    "wall": (12, 21, (102, 102, 156)),
+    "fence": (13, 5, (190, 153, 153)),
+    "pole": (17, 7, (153, 153, 153)),
+    "traffic light": (19, 15, (250, 170, 30)),
+    "traffic sign": (20, 9, (220, 220, 0)),
+    "vegetation": (21, 6, (107, 142, 35)),
+    "terrain": (22, 16, (152, 251, 152)),
+    "sky": (23, 1, (70, 130, 180)),
+    "person": (24, 10, (220, 20, 60)),
+    "rider": (25, 17, (255, 0, 0)),
+    "car": (26, 8, (0, 0, 142)),
+    "truck": (27, 18, (0, 0, 70)),
+    "bus": (28, 19, (0, 60, 100)),
+    "train": (31, 20, (0, 80, 100)),
+    "motorcycle": (32, 12, (0, 0, 230)),
+    "bicycle": (33, 11, (119, 11, 32)),
+}
+CLASSES = tuple(_CLASSES)  # 19 names in trainId order
+SYNTHIA_16 = tuple(c for c in CLASSES if c not in ("terrain", "truck", "train"))
+SYNTHIA_13 = tuple(c for c in SYNTHIA_16 if c not in ("wall", "fence", "pole"))
+
+
+def task_classes(source):
+    """Names of the classes that a model of this source predicts: 19 for gta5, 16 for synthia and toy."""
+    return CLASSES if source == "gta5" else SYNTHIA_16
+
+
+def label_ids(classes):
+    """Cityscapes labelId of each class, in the order of `classes`: what the official evaluator reads."""
+    return [_CLASSES[name][0] for name in classes]
+
+
+def id_table(classes, column):
+    """uint8 (256,): id on disk -> index into `classes`, 255 for every other id. column 0: labelIds, 1: SYNTHIA."""
+    table = np.full(256, IGNORE, np.uint8)
+    for index, name in enumerate(classes):
+        table[_CLASSES[name][column]] = index
+    return table
+
+
+def palette(classes):
+    """uint8 (256, 3): colour of each class index in the official Cityscapes colours; 255 (ignore) is black."""
+    colours = np.zeros((256, 3), np.uint8)
+    for index, name in enumerate(classes):
+        colours[index] = _CLASSES[name][2]
+    return colours
+
+
+# ================================================= reading files =================================================
+
+
+def find_folder(root, relative):
+    """Path of `relative` below `root`, each part matched without regard to case. Raises InputError if missing."""
+    if root is None:
+        raise InputError("no --data-root given: it must hold GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
+    path = Path(root)
+    for part in Path(relative).parts:
+        matches = [p for p in path.iterdir() if p.name.lower() == part.lower()] if path.is_dir() else []
+        if not matches:
+            raise InputError(f"{path / part}: no such folder; expected {relative} below --data-root {root}")
+        path = matches[0]
+    return path
+
+
+def read_image(path):
+    """PIL image, RGB (an alpha channel is dropped). Raises InputError, naming the file, if it cannot be decoded."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:  # PIL reports broken PNG chunks as SyntaxError
+        raise InputError(f"{path}: cannot read this image ({error})") from error
+
+
+def read_label(path):
+    """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
+    try:
+        label = np.array(Image.open(path))
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot read this label ({error})") from error
+    if label.ndim != 2:
+        raise InputError(f"{path}: expected a label with one channel of class ids, found shape {label.shape}")
+    return label.astype(np.uint8)
+
+
+def read_synthia_label(path):
+    """uint8 (H, W): raw SYNTHIA class ids of a 16-bit RGB label PNG, the id standing in the first channel.
+
+    Pillow reduces 16-bit RGB to 8 bits by keeping the *high* byte, which is 0 for every id. Telling it that the
+    file's only tile is little-endian makes it keep the low byte: PNG is big-endian, so the byte that Pillow then
+    takes for the high one is the low one.
+    """
+    try:
+        image = Image.open(path)
+        if not image.tile or image.tile[0][3] != "RGB;16B":
+            raise InputError(f"{path}: expected a 16-bit RGB PNG as in GT/LABELS, found mode {image.mode}")
+        codec, box, offset, _ = image.tile[0]
+        image.tile = [(codec, box, offset, "RGB;16L")]
+        return np.array(image)[:, :, 0]  # (H, W, 3) -> (H, W)
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot read this label ({error})") from error
+
+
+def list_images(folder, pattern="*.png"):
+    """Sorted image paths below `folder`; a count of zero is an InputError."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise InputError(f"{folder}: no image found; expected files like {pattern}")
+    return paths
+
+
+def pair_labels(images, label_of):
+    """Label path of every image; an image without a label is an InputError that names the first and counts them."""
+    labels = [label_of(path) for path in images]
+    existing = {path for folder in {label.parent for label in labels} if folder.is_dir() for path in folder.iterdir()}
+    missing = [i for i, label in enumerate(labels) if label not in existing]
+    if missing:
+        raise InputError(f"{images[missing[0]]}: image without label, expected {labels[missing[0]]} "
+                         f"({len(missing)} of {len(images)} images have none)")
+    return labels
+
+
+# =================================================== data sets ===================================================
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB: what torchvision's weights expect
+
+
+def make_item(image, label, name, size, augment, full_label):
+    """The dict that every data set returns: `image` float32 (3, H, W) normalised, `label` int64 (H, W), `name`.
+
+    image: PIL RGB. label: uint8 (H, W) class indices or None. Both are resized to `size` (image bicubic, label
+    nearest); with `full_label` the label keeps its own resolution, which is how mIoU is measured.
+    """
+    if size is not None:
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        if label is not None and not full_label:
+            label = np.array(Image.fromarray(label).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    label = None if label is None else torch.from_numpy(np.ascontiguousarray(label))
+    if augment is not None:
+        image, label = augment(image, label)
+    image = (image.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    item = {"image": image.contiguous(), "name": name}
+    if label is not None:
+        item["label"] = label.long()
+    return item
+
+
+def write_label(path, label, classes):
+    """Writes class indices (H, W) as a palette PNG: indices for programs, Cityscapes colours for eyes."""
+    image = Image.fromarray(np.ascontiguousarray(label, np.uint8), mode="P")
+    image.putpalette(palette(classes).flatten().tolist())
+    image.save(path)
+
+
+def stored_label(folder, name):
+    """Class indices that an earlier stage wrote to folder/name.png, e.g. pseudo-labels; InputError if missing."""
+    return read_label(Path(folder) / f"{name}.png")
+
+
+class GTA5(Dataset):
+    """Labelled source: root/GTA5/images/*.png with root/GTA5/labels/*.png of the same name.
+
+    Labels are palette PNGs whose *index* is the Cityscapes labelId. Image and label are each resized to `size`, so
+    the two frames whose label has another size than the image (15188, 17705) need no exception; without `size`
+    they are an InputError.
+    """
+
+    def __init__(self, root, size=None, augment=None, classes=CLASSES):
+        self.images = list_images(find_folder(root, "GTA5/images"))
+        folder = find_folder(root, "GTA5/labels")
+        self.labels = pair_labels(self.images, lambda path: folder / path.name)
+        self.size, self.augment = size, augment
+        self.table = id_table(classes, 0)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        path = self.images[index]
+        image, label = read_image(path), self.table[read_label(self.labels[index])]
+        if self.size is None and image.size != label.shape[::-1]:
+            raise InputError(f"{path}: image {image.size} but label {label.shape[::-1]}; give a size to resize both")
+        return make_item(image, label, path.stem, self.size, self.augment, False)
+
+
+class Synthia(Dataset):
+    """Labelled source: root/RAND_CITYSCAPES/RGB/*.png with root/RAND_CITYSCAPES/GT/LABELS/*.png (16-bit)."""
+
+    def __init__(self, root, size=None, augment=None, classes=SYNTHIA_16):
+        self.images = list_images(find_folder(root, "RAND_CITYSCAPES/RGB"))
+        folder = find_folder(root, "RAND_CITYSCAPES/GT/LABELS")
+        self.labels = pair_labels(self.images, lambda path: folder / path.name)
+        self.size, self.augment = size, augment
+        self.table = id_table(classes, 1)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        path = self.images[index]
+        label = self.table[read_synthia_label(self.labels[index])]
+        return make_item(read_image(path), label, path.stem, self.size, self.augment, False)
+
+
+class Cityscapes(Dataset):
+    """Target: root/cityscapes/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/.../*_gtFine_labelIds.png.
+
+    labelled    open the label files; default: every split but train, whose labels stay closed
+    label_dir   take the labels from this folder instead (pseudo-labels, NAME.png, class indices)
+    full_label  keep labels at full resolution while images are resized: the evaluation protocol
+    """
+
+    def __init__(self, root, split="train", size=None, augment=None, classes=CLASSES, labelled=None, label_dir=None,
+                 full_label=False):
+        self.images = list_images(find_folder(root, f"cityscapes/leftImg8bit/{split}"), "*/*_leftImg8bit.png")
+        self.labels = None
+        if split != "train" if labelled is None else labelled:
+            folder = find_folder(root, f"cityscapes/gtFine/{split}")
+            self.labels = pair_labels(self.images, lambda path: (
+                folder / path.parent.name / path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")))
+        self.size, self.augment, self.label_dir, self.full_label = size, augment, label_dir, full_label
+        self.table = id_table(classes, 0)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        path, label = self.images[index], None
+        name = path.name.removesuffix("_leftImg8bit.png")
+        if self.label_dir is not None:
+            label = stored_label(self.label_dir, name)
+        elif self.labels is not None:
+            label = self.table[read_label(self.labels[index])]
+        return make_item(read_image(path), label, name, self.size, self.augment, self.full_label)
+
+
+def source_dataset(args, split="train", augment=None):
+    """The labelled source that args.source names; only the toy source has another split than train."""
+    if args.source == "toy":
+        return ToyStreets("source", split, args.size, args.toy_world, augment)
+    return {"gta5": GTA5, "synthia": Synthia}[args.source](args.data_root, args.source_size, augment)
+
+
+def target_dataset(args, split, augment=None, **options):
+    """The target of args.source: the toy's other domain or Cityscapes. Options as for the data set's class."""
+    if args.source == "toy":
+        return ToyStreets("target", split, args.size, args.toy_world, augment, **options)
+    return Cityscapes(args.data_root, split, args.size, augment, task_classes(args.source), **options)
+
+
+# ================================================= the toy world =================================================
+
+
+class ToyStreets(Dataset):
+    """Street scenes drawn with Pillow and numpy: a teaching instrument with the 16 SYNTHIA classes and no files.
+
+    Every picture is a function of (world, domain, split, index) alone. The ingredients, and who needs them:
+
+    * Perspective. A pinhole camera looks down a street; the same car, person or sign occurs from a few pixels to
+      half the picture (scale invariance, LSE).
+    * A long tail. Lights, signs, riders, motorcycles and bicycles are rare and small (class balance, CPSL).
+    * Looks. Buildings, cars, clothes, road surfaces... come in three kinds each. Both domains have all kinds, but
+      what is common in one is rare in the other (modes, DRSL; class distributions, SDCA).
+    * The shift. The source is a rendering: clean, saturated, evenly lit. The target is a camera: textured surfaces,
+      sun and cast shadows, haze that grows with distance, a colour cast, lower contrast and saturation, blur, sensor
+      noise. Its strength differs from picture to picture, as weather does.
+    * The layout. The target's streets are narrower and busier, its buildings lower, its camera less steady.
+
+    `world` draws other colours, other proportions of the looks and another colour cast from the same generator.
+    The target's train split carries no label unless `labelled=True`; `label_dir` as in Cityscapes.
+    """
+
+    LENGTH = {"train": 400, "val": 100}
+
+    def __init__(self, domain, split="train", size=(80, 160), world=0, augment=None, labelled=None, label_dir=None,
+                 full_label=False):
+        if domain not in ("source", "target") or split not in self.LENGTH:
+            raise InputError(f"the toy world has domains source and target, splits train and val, not {domain} {split}")
+        self.domain, self.split, self.size, self.world = domain, split, size, world
+        self.labelled = (domain == "source" or split != "train") if labelled is None else labelled
+        self.augment, self.label_dir, self.full_label = augment, label_dir, full_label
+        self.style = toy_style(world, domain)
+        self.drawn = {}  # pictures are drawn once and kept: 38 kB each
+
+    def __len__(self):
+        return self.LENGTH[self.split]
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index not in self.drawn:
+            numbers = [self.world, self.domain == "target", self.split == "val", index]
+            self.drawn[index] = draw_street(np.random.default_rng(numbers), self.style, self.size)
+        image, label = self.drawn[index]
+        name = f"toy_{self.domain}_{self.split}_{index:04d}"
+        if self.label_dir is not None:
+            label = stored_label(self.label_dir, name)
+        elif not self.labelled:
+            label = None
+        return make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
+
+
+# Three looks per class: colours of a first guess, which each world moves.
+_LOOKS = {
+    "road": [(90, 90, 95), (125, 120, 115), (70, 72, 84)],
+    "sidewalk": [(170, 165, 160), (150, 130, 120), (190, 186, 170)],
+    "building": [(165, 90, 70), (150, 155, 165), (205, 190, 150)],
+    "wall": [(130, 120, 110), (160, 140, 130), (110, 110, 120)],
+    "fence": [(120, 80, 50), (90, 110, 100), (185, 185, 185)],
+    "pole": [(70, 70, 70), (110, 105, 95), (55, 70, 60)],
+    "traffic light": [(40, 40, 35), (60, 60, 20), (30, 45, 45)],
+    "traffic sign": [(215, 40, 40), (40, 80, 200), (235, 205, 40)],
+    "vegetation": [(60, 120, 50), (100, 130, 50), (45, 90, 60)],
+    "sky": [(120, 170, 230), (190, 205, 220), (215, 205, 200)],
+    "person": [(60, 70, 130), (170, 50, 60), (200, 190, 170)],
+    "rider": [(230, 120, 40), (70, 160, 90), (90, 60, 110)],
+    "car": [(190, 40, 40), (60, 80, 150), (215, 215, 215)],
+    "bus": [(220, 180, 40), (60, 150, 110), (180, 60, 100)],
+    "motorcycle": [(50, 50, 55), (140, 30, 30), (40, 60, 110)],
+    "bicycle": [(60, 140, 160), (160, 160, 60), (100, 60, 90)],
+}
+
+
+def toy_style(world, domain):
+    """The constants of one domain of one world: colours and proportions of the looks, and the camera."""
+    rng = np.random.default_rng([world, 2024])
+    colours = {name: np.clip(np.array(looks) + rng.normal(0, 14, (3, 3)), 10, 245) for name, looks in _LOOKS.items()}
+    # Source proportions (.65, .25, .1) in some order; the target's are the same numbers the other way round.
+    shares = {name: rng.permutation([0.65, 0.25, 0.1]) for name in _LOOKS}
+    cast = rng.normal(0, 1, 3)
+    cast = 0.1 * (cast - cast.mean()) / np.linalg.norm(cast - cast.mean())  # a tint: leaves the brightness alone
+    if domain == "target":
+        shares = {name: (0.75 - share) / 1.25 for name, share in shares.items()}
+    return {"colours": colours, "shares": shares, "cast": cast, "target": domain == "target"}
+
+
+def draw_street(rng, style, size):
+    """One scene of the toy world: image uint8 (H, W, 3), label uint8 (H, W). See ToyStreets for what it contains."""
+    target = style["target"]
+    smooth = 2  # drawn at twice the size and averaged, so that edges are as soft as a camera's
+    h, w = size[0] * smooth, size[1] * smooth
+    image, label = Image.new("RGB", (w, h)), Image.new("L", (w, h), IGNORE)
+    shade = Image.new("L", (w, h), 255)  # cast shadows, multiplied onto the picture at the end
+    ink, tag, dark = ImageDraw.Draw(image), ImageDraw.Draw(label), ImageDraw.Draw(shade)
+
+    # The camera. X right, Y up, Z ahead, in metres; the picture's height equals the focal length.
+    strength = rng.uniform(0.2, 1.0) if target else 0.0  # of the shift, this picture's weather
+    horizon, centre = h * rng.uniform(0.36, 0.48), w * rng.uniform(0.4, 0.6)
+    eye, lateral, focal = rng.uniform(1.4, 1.9), rng.uniform(-1.2, 1.2), 1.35 * h
+    roll = rng.normal(0, 0.02) if target else 0.0
+    haze = np.array([200, 205, 210.0]) * (1 + style["cast"])
+
+    def at(x, y, z):
+        u, v = centre + focal * (x - lateral) / z, horizon + focal * (eye - y) / z
+        return (u, v + roll * (u - centre))
+
+    def paint(name, shape, points, colour, z, **options):
+        fade = math.exp(-z * 0.02 * strength)  # what is far takes the colour of the haze
+        colour = tuple(int(c) for c in np.clip(colour * fade + haze * (1 - fade), 0, 255))
+        getattr(ink, shape)(points, fill=colour, **options)
+        if name is not None:  # None: decoration (windows, wheels, markings) that keeps the label beneath it
+            getattr(tag, shape)(points, fill=SYNTHIA_16.index(name), **options)
+
+    def box(name, x, y, z, width, height, colour, shape="rectangle"):
+        (u0, v1), (u1, v0) = at(x - width / 2, y, z), at(x + width / 2, y + height, z)
+        paint(name, shape, [min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1)], colour, z)
+
+    def look(name):
+        kind = rng.choice(3, p=style["shares"][name])
+        return kind, style["colours"][name][kind] * rng.uniform(0.85, 1.12)
+
+    def wallface(name, x, z0, z1, height, colour):
+        paint(name, "polygon", [at(x, 0, z0), at(x, 0, z1), at(x, height, z1), at(x, height, z0)], colour, (z0 + z1) / 2)
+
+    # Sky, skyline and ground.
+    _, sky = look("sky")
+    tag.rectangle([0, 0, w, h], fill=SYNTHIA_16.index("sky"))
+    for row in range(0, int(horizon + h * 0.1), 4):
+        level = row / horizon
+        ink.rectangle([0, row, w, row + 4], fill=tuple(int(min(255, c * (1 - 0.2 * (1 - level)) + 25 * level)) for c in sky))
+    for x in range(-90, 90, 12):
+        name = "building" if rng.random() < 0.6 else "vegetation"
+        box(name, x + 6, -2, 45, 13, rng.uniform(4, 14) if name == "building" else rng.uniform(3, 7), look(name)[1])
+    street = rng.uniform(3.2, 4.6) if target else rng.uniform(3.8, 6.0)  # half its width
+    front = street + rng.uniform(1.8, 3.5)  # where the houses stand
+    _, pavement = look("sidewalk")
+    surface, asphalt = look("road")
+    paint("sidewalk", "polygon", [at(-60, 0, 1.2), at(60, 0, 1.2), at(60, 0, 45), at(-60, 0, 45)], pavement, 6)
+    paint("road", "polygon", [at(-street, 0, 1.2), at(street, 0, 1.2), at(street, 0, 60), at(-street, 0, 60)], asphalt, 6)
+    for side in (-street, street):  # kerbs
+        paint("sidewalk", "polygon", [at(side, 0, 1.2), at(side * 1.04, 0, 1.2), at(side * 1.04, 0, 45), at(side, 0, 45)],
+              pavement * 0.75, 6)
+    for z in range(2, 30, 4):
+        if surface != 1:
+            paint(None, "polygon", [at(-0.08, 0, z), at(0.08, 0, z), at(0.08, 0, z + 2), at(-0.08, 0, z + 2)],
+                  np.array([215, 215, 205.0]), z)
+        else:
+            paint(None, "polygon", [at(-street, 0, z), at(street, 0, z), at(street, 0, z + 0.3), at(-street, 0, z + 0.3)],
+                  asphalt * 0.85, z)
+
+    # The two sides of the street, from far to near.
+    sunny = rng.choice([-1, 1])
+    for side in (-1, 1):
+        light = 1 - 0.3 * strength * (side == sunny)  # the side that faces away from the sun
+        z1 = 45.0
+        while z1 > 2.5:
+            z0 = max(1.3, z1 - rng.uniform(4, 9))
+            x = side * (front + rng.uniform(0, 0.8))
+            name = rng.choice(["building", "vegetation", "wall", "fence"], p=[0.56, 0.2, 0.12, 0.12])
+            if name in ("wall", "fence"):  # something stands behind it
+                behind = rng.choice(["building", "vegetation"])
+                wallface(behind, x + side * 3, z0, z1, rng.uniform(4, 8), look(behind)[1] * light)
+            kind, colour = look(name)
+            colour = colour * light
+            if name == "building":
+                height = rng.uniform(4, 9) if target else rng.uniform(5, 13)
+                wallface(name, x, z0, z1, height, colour)
+                columns, rows = ((3, 4), (6, 3), (2, 2))[kind]
+                glass = colour * (0.45, 1.35, 0.65)[kind]
+                for i in range(columns):
+                    for j in range(rows):
+                        za, zb = z0 + (z1 - z0) * (i + 0.25) / columns, z0 + (z1 - z0) * (i + 0.75) / columns
+                        ya, yb = height * (j + 0.3) / rows, height * (j + 0.75) / rows
+                        paint(None, "polygon", [at(x, ya, za), at(x, ya, zb), at(x, yb, zb), at(x, yb, za)], glass, za)
+            elif name == "vegetation":
+                wallface(name, x + side, z0, z1, rng.uniform(1.5, 3), colour * 0.8)
+                for _ in range(7):
+                    z, y, r = rng.uniform(z0, z1), rng.uniform(1.5, 4.5), rng.uniform(0.8, 1.8)
+                    box(name, x + side * rng.uniform(-0.5, 1.5), y, z, 2 * r, 1.6 * r, colour * rng.uniform(0.7, 1.25), "ellipse")
+            elif name == "wall":
+                wallface(name, x, z0, z1, rng.uniform(1.8, 2.6), colour)
+                for y in (0.6, 1.2):
+                    paint(None, "line", [at(x, y, z0), at(x, y, z1)], colour * 0.8, z0, width=smooth)
+            else:
+                height = rng.uniform(1.4, 2.0)
+                wallface(name, x, z0, z1, height, colour)
+                for z in np.linspace(z0, z1, 9):
+                    paint(None, "line", [at(x, 0, z), at(x, height, z)], colour * 0.55, z, width=smooth)
+            z1 = z0
+        if target and side == sunny:  # the houses' shadow on the ground
+            reach = side * rng.uniform(0.5, street)
+            dark.polygon([at(side * front * 1.3, 0, 1.2), at(reach, 0, 1.2), at(reach, 0, 45), at(side * front * 1.3, 0, 45)],
+                         fill=int(255 - 110 * strength))
+
+    # Things that stand and move, from far to near. Rare: lights, signs, riders, two-wheelers, buses.
+    busy = 1.3 if target else 1.0
+    things = [("car", rng.uniform(4, 24), rng.choice([-1, 1])) for _ in range(rng.poisson(3 * busy))]
+    things += [("person", rng.uniform(4, 14), rng.choice([-1, 1])) for _ in range(rng.poisson(2.2 * busy))]
+    things += [("bus", rng.uniform(7, 16), rng.choice([-1, 1])) for _ in range(rng.random() < 0.28)]
+    things += [("cycle", rng.uniform(4, 10), rng.choice([-1, 1])) for _ in range(rng.poisson(0.75 * busy))]
+    things += [("pole", rng.uniform(4, 14), rng.choice([-1, 1])) for _ in range(2 + rng.poisson(1.5))]
+    for kind, z, side in sorted(things, key=lambda thing: -thing[1]):
+        if kind == "car":
+            shape, colour = look("car")
+            length, height = (3.8, 4.6, 4.2)[shape], (1.4, 2.1, 1.7)[shape]
+            x, lower = side * rng.uniform(0.35, 0.8) * street, (0.6, 0.5, 0.55)[shape] * height
+            if target:
+                dark.polygon([at(x - 1.3, 0, z), at(x + 1.3, 0, z), at(x + 1.3, 0, z + length), at(x - 1.3, 0, z + length)], fill=130)
+            inner = x - 0.9 * np.sign(x - lateral)  # the flank that the camera sees
+            paint("car", "polygon", [at(inner, 0.2, z), at(inner, 0.2, z + length), at(inner, lower, z + length),
+                                     at(inner, height, z + length * 0.7), at(inner, height, z + 0.4), at(inner, lower, z)], colour * 0.8, z)
+            box("car", x, 0.2, z, 1.8, lower, colour)
+            box("car", x, lower, z + 0.2, (1.4, 1.75, 1.6)[shape], height - lower, colour * 0.9)
+            box(None, x, lower * 1.1, z + 0.2, 1.25, (height - lower) * 0.75, np.array([55, 65, 75.0]))
+            for wheel in (-0.7, 0.7):
+                box("car", x + wheel, 0, z, 0.32, 0.5, np.array([25, 25, 28.0]))
+                box(None, x + wheel, lower * 0.75, z, 0.3, 0.2, np.array([235, 60, 50.0] if side > 0 else [245, 240, 200.0]))
+        elif kind == "bus":
+            shape, colour = look("bus")
+            x, height = side * 0.55 * street, (3.1, 3.6, 2.9)[shape]
+            inner = x - 1.25 * np.sign(x - lateral)
+            paint("bus", "polygon", [at(inner, 0.3, z), at(inner, 0.3, z + 9), at(inner, height, z + 9), at(inner, height, z)], colour * 0.8, z)
+            box("bus", x, 0.3, z, 2.5, height - 0.3, colour)
+            box(None, x, height * 0.5, z, 2.2, height * 0.3, np.array([50, 60, 75.0]))
+            paint(None, "polygon", [at(inner, height * 0.5, z + 0.5), at(inner, height * 0.5, z + 8.5), at(inner, height * 0.8, z + 8.5),
+                                    at(inner, height * 0.8, z + 0.5)], np.array([50, 60, 75.0]), z)
+            for wheel in (-0.9, 0.9):
+                box("bus", x + wheel, 0, z, 0.4, 0.7, np.array([25, 25, 28.0]))
+        elif kind == "person":
+            _, colour = look("person")
+            x = side * (rng.uniform(street, front) if rng.random() < 0.75 else rng.uniform(0, street))
+            tall = rng.uniform(1.55, 1.9)
+            box("person", x, 0, z, 0.42, tall * 0.5, colour * 0.55)
+            box("person", x, tall * 0.42, z, 0.62, tall * 0.42, colour, "ellipse")
+            box("person", x, tall * 0.82, z, 0.3, tall * 0.2, np.array([200, 150, 120.0]), "ellipse")
+        elif kind == "cycle":
+            name = "motorcycle" if rng.random() < 0.45 else "bicycle"
+            _, colour = look(name)
+            x, ridden = side * rng.uniform(0.5, 1.05) * street, rng.random() < 0.65
+            thick = 0.28 if name == "motorcycle" else 0.14
+            for wheel in (-0.55, 0.55):
+                box(name, x + wheel, 0, z, 0.85, 0.85, colour * 0.5, "ellipse")
+                if name == "bicycle":
+                    box(None, x + wheel, 0.2, z, 0.45, 0.45, asphalt, "ellipse")
+            paint(name, "line", [at(x - 0.55, 0.45, z), at(x, 0.85, z), at(x + 0.55, 0.45, z)], colour, z,
+                  width=max(2, int(focal * thick / z)))
+            if name == "motorcycle":
+                box(name, x, 0.35, z, 0.9, 0.65, colour)
+            if ridden:
+                _, coat = look("rider")
+                box("rider", x - 0.1, 0.75, z, 0.42, 0.45, coat * 0.6)
+                box("rider", x, 1.05, z, 0.62, 0.75, coat, "ellipse")
+                box("rider", x + 0.1, 1.7, z, 0.36, 0.38, colour * 0.9, "ellipse")  # a helmet, unlike a pedestrian
+        else:
+            _, colour = look("pole")
+            x, top = side * (street + 0.4), rng.uniform(4, 6)
+            box("pole", x, 0, z, 0.26, top, colour)
+            kind = rng.choice(["light", "sign", "lamp"], p=[0.35, 0.4, 0.25])
+            if kind == "light":
+                _, housing = look("traffic light")
+                box("traffic light", x, 2.7, z, 0.75, 1.7, housing)
+                lit = rng.integers(3)
+                for lamp in range(3):
+                    glow = np.array([[60, 220, 110], [250, 190, 50], [250, 60, 50.0]][lamp]) * (1.0 if lamp == lit else 0.3)
+                    box(None, x, 2.8 + 0.53 * lamp, z, 0.45, 0.45, glow, "ellipse")
+            elif kind == "sign":
+                shape, face = look("traffic sign")
+                box("traffic sign", x, 2.4, z, 1.15, 1.15, face, ("ellipse", "rectangle", "rectangle")[shape])
+                box(None, x, 2.75, z, 0.6, 0.42, np.array([240, 240, 235.0]) if shape < 2 else np.array([40, 40, 40.0]))
+
+    # The camera's part: texture, light, colour, optics, noise.
+    label = np.array(label)[::smooth, ::smooth]
+    picture = np.array(image.reduce(smooth), np.float32)  # (H, W, 3)
+    grain = 0.02 + 0.06 * strength
+    coarse = Image.fromarray(rng.normal(0, 1, (size[0] // 8 + 1, size[1] // 8 + 1)).astype(np.float32))
+    coarse = np.array(coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    fine = rng.normal(0, 1, size) * np.isin(label, [0, 1, 2, 3, 8])  # surfaces are rough, skies and cars are not
+    picture *= (1 + grain * (coarse + 0.6 * fine))[:, :, None]
+    if target:
+        soft = shade.reduce(smooth).filter(ImageFilter.GaussianBlur(1.0))
+        picture *= np.array(soft, np.float32)[:, :, None] / 255
+        picture = 255 * np.clip(picture / 255, 0, 1) ** (1 + 0.5 * strength * rng.uniform(-1, 1))  # exposure
+        grey = picture.mean(2, keepdims=True)
+        picture = grey + (picture - grey) * (1 - 0.35 * strength)  # colours fade
+        picture = 128 + (picture - 128) * (1 - 0.2 * strength)  # contrast falls
+        picture = picture * (1 + style["cast"] * (0.4 + strength))  # the tint
+        blurred = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6 * strength))
+        picture = np.array(blurred, np.float32) + rng.normal(0, 2 + 4 * strength, (*size, 3))
+    return np.clip(picture, 0, 255).astype(np.uint8), label
+
+
+# ============================================ augmentation and batches ============================================
+
+
+def training_augment(size, crop, scale, jitter=0.3):
+    """Random scale (of `size`), crop, flip and colour jitter as one function (image, label or None) -> the same.
+
+    image uint8 (3, H, W), label uint8 (H, W). Where the scaled picture is smaller than `crop` it is padded, the label
+    with 255. Draws from torch's global generator, which `Batches` seeds for every item.
+    """
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    if crop[0] > size[0] or crop[1] > size[1]:
+        raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than the image of --size {size[0]}x{size[1]}")
+    transform = v2.Compose([
+        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
+        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),
+    ])
+
+    def augment(image, label):
+        if label is None:
+            return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
+        image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
+        return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+
+    return augment
+
+
+class Batches(Dataset):
+    """Item number `step` is the whole batch of that training step, a function of (seed, step) alone.
+
+    So a run that resumes at step k sees exactly the batches of one that was never interrupted, with any number of
+    workers. Every epoch is a new permutation. Under torchrun each process gets its share of the global batch.
+    """
+
+    def __init__(self, dataset, batch_size, seed):
+        if batch_size % world_size():
+            raise InputError(f"--batch-size {batch_size} cannot be split over {world_size()} processes")
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.share = range(batch_size * rank() // world_size(), batch_size * (rank() + 1) // world_size())
+
+    def __getitem__(self, step):
+        items = []
+        for k in self.share:
+            n = step * self.batch_size + k  # number of this picture in the whole run
+            epoch, position = divmod(n, len(self.dataset))
+            order = torch.Generator().manual_seed(mix_seed(self.seed, 0, epoch))
+            index = torch.randperm(len(self.dataset), generator=order)[position].item()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mix_seed(self.seed, 1, n))
+                items.append(self.dataset[index])
+        return default_collate(items)
+
+
+def mix_seed(*numbers):
+    """A well-mixed 64-bit seed from several small non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def training_batches(dataset, args, seed, start, stop):
+    """Iterator over the batches of the steps start..stop-1, decoded by args.workers processes."""
+    return iter(DataLoader(Batches(dataset, args.batch_size, seed), batch_size=None, sampler=range(start, stop),
+                           num_workers=args.workers, pin_memory=args.device == "cuda"))
+
+
+def evaluation_loader(dataset, args):
+    """Every picture of a data set once, in order (under torchrun each process has every n-th picture)."""
+    batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
+    return DataLoader(dataset, batch_size, sampler=range(rank(), len(dataset), world_size()),
+                      num_workers=args.workers, pin_memory=args.device == "cuda")
+
+
+# =================================================== DeepLabV2 ===================================================
+
+
+class DeepLabV2(nn.Module):
+    """DeepLabV2 (Chen et al., arXiv 1606.00915) on torchvision's ResNet-18/50/101 or VGG16, output stride 8.
+
+    `forward(images (N, 3, H, W))` returns `(features (N, D, h, w), logits (N, C, h, w))`. The head is four parallel
+    3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
+    code a misplaced `return` leaves the last two out). Resize the logits with `upsample`.
+
+    weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
+              of this backbone. A file that does not fit is an InputError.
+    """
+
+    def __init__(self, num_classes, backbone="resnet101", weights="none"):
+        super().__init__()
+        import torchvision
+
+        builders = {name: getattr(torchvision.models, name) for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
+        if backbone not in builders:
+            raise InputError(f"backbone {backbone!r} is not one of {', '.join(builders)}")
+        # From random weights a ResNet learns much faster if every residual block starts as the identity.
+        start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
+        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+        if weights not in ("imagenet", "none"):
+            load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
+        if backbone == "vgg16":
+            self.backbone, self.feature_dim = vgg16_stride_8(net), 1024
+        else:
+            dilate(net.layer3, 2)
+            dilate(net.layer4, 4)
+            self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
+                                          net.layer1, net.layer2, net.layer3, net.layer4)
+            self.feature_dim = net.fc.in_features
+        self.classifier = nn.ModuleList(
+            nn.Conv2d(self.feature_dim, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
+        for branch in self.classifier:
+            nn.init.normal_(branch.weight, std=0.01)
+
+    def forward(self, images):
+        features = self.backbone(images)  # (N, 3, H, W) -> (N, D, h, w)
+        logits = sum(branch(features) for branch in self.classifier)  # (N, D, h, w) -> (N, C, h, w)
+        return features, logits
+
+    def train(self, mode=True):
+        """As nn.Module.train, but batch norms frozen by `freeze_batch_norm` stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+def dilate(stage, dilation):
+    """Removes the stride of a ResNet stage and dilates its 3x3 convolutions: same field of view, finer grid."""
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
+
+
+def vgg16_stride_8(net):
+    """VGG16's convolutions without pool4 and pool5, conv5 dilated by 2, then two 3x3 convolutions of 1024 channels.
+
+    The form of the SDCA and FADA code; the two last convolutions start at random, not from VGG's classifier.
+    """
+    layers = [layer for i, layer in enumerate(net.features) if i not in (23, 30)]  # pool4, pool5
+    for layer in layers[-6:]:  # conv5_1 .. conv5_3
+        if isinstance(layer, nn.Conv2d):
+            layer.dilation = layer.padding = (2, 2)
+    for channels in (512, 1024):
+        layers += [nn.Conv2d(channels, 1024, 3, padding=4, dilation=4), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def freeze_batch_norm(model):
+    """From now on every batch norm uses its running statistics, and neither they nor its affine part change."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    model.train(model.training)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model, loader, device, precision="fp32"):
+    """Replaces every batch norm's running statistics by their averages over the loader's images; no label is used.
+
+    The simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779), and one that a method with live batch norm
+    gets for free: a comparison without it would credit the method with it.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average
+        module.train()
+    for batch in loader:
+        with autocast(device, precision):
+            model(batch["image"].to(device))
+    for module in norms:
+        module.momentum = 0.1
+    model.eval()
+
+
+def upsample(logits, size):
+    """(N, C, h, w) -> (N, C, H, W), bilinear with aligned corners as in the papers' code."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+def autocast(device, precision):
+    """Context in which the network computes in `precision`: fp32 or bf16."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ============================================ evaluation and pictures ============================================
+
+
+class MeanIoU:
+    """One confusion matrix over a whole split, on the tensors' own device.
+
+    `update(pred, label)` takes two integer tensors of the same shape, any shape, any device. `iou()` is (C,) with NaN
+    where a class is in neither prediction nor label, `mean(indices)` the mean over some classes or all, without the
+    NaNs. Pixels whose label is 255 do not count.
+    """
+
+    def __init__(self, num_classes):
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: label, columns: prediction
+
+    def update(self, pred, label):
+        if pred.shape != label.shape:
+            raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+        classes = len(self.confusion)
+        valid = label != IGNORE
+        pairs = label[valid].long() * classes + pred[valid].long()
+        counts = torch.bincount(pairs, minlength=classes * classes)
+        self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
+
+    def iou(self):
+        hit = self.confusion.diagonal().double()
+        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)  # 0 / 0 = NaN
+
+    def mean(self, indices=None):
+        iou = self.iou()
+        return (iou if indices is None else iou[list(indices)]).nanmean().item()
+
+    def present(self):
+        """Indices of the classes that occur in the labels."""
+        return self.confusion.sum(1).nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def predict(model, images, size, precision="fp32", scales=(1.0,), flip=False):
+    """Class probabilities (N, C, H, W) at `size`, averaged over `scales` of the input and, if asked, mirror images."""
+    total = 0
+    for scale in scales:
+        scaled = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
+        for mirrored in (False, True)[: 1 + flip]:
+            with autocast(images.device, precision):
+                _, logits = model(scaled.flip(3) if mirrored else scaled)
+            logits = logits.float().flip(3) if mirrored else logits.float()
+            total = total + upsample(logits, size).softmax(1)
+    return total / (len(scales) * (1 + flip))
+
+
+def evaluate(model, loader, num_classes, device, precision="fp32", scales=(1.0,), flip=False, visit=None):
+    """MeanIoU of a model over a loader, at the labels' own resolution. `visit(names, pred)` sees every prediction."""
+    was_training = model.training
+    model.eval()
+    metric = MeanIoU(num_classes)
+    for batch in loader:
+        label = batch["label"].to(device)
+        pred = predict(model, batch["image"].to(device), label.shape[1:], precision, scales, flip).argmax(1)  # (N, H, W)
+        metric.update(pred, label)
+        if visit is not None:
+            visit(batch["name"], pred)
+    model.train(was_training)
+    metric.confusion = all_sum(metric.confusion.to(device))
+    return metric
+
+
+def evaluate_target(model, args, **options):
+    """`scores` of a model on the target's validation split, labels at full resolution."""
+    classes = task_classes(args.source)
+    loader = evaluation_loader(target_dataset(args, "val", full_label=True), args)
+    return scores(evaluate(model, loader, len(classes), args.device, args.precision, **options), classes)
+
+
+def evaluate_source_only(model, args):
+    """Table columns of a source-only model: as it is, and with batch-norm statistics re-estimated on the target."""
+    columns = {"source only": evaluate_target(model, args)}
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        adapted = copy.deepcopy(model)
+        loader = evaluation_loader(target_dataset(args, "train"), args)
+        reestimate_batch_norm(adapted, loader, args.device, args.precision)
+        columns["+ BN target"] = evaluate_target(adapted, args)
+    return columns
+
+
+def scores(metric, classes):
+    """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
+
+    `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
+    stands beside it, another mean over the same 16-class predictions.
+    """
+    iou = metric.iou().tolist()
+    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, iou)},
+              "miou": 100 * metric.mean(metric.present())}
+    if tuple(classes) == SYNTHIA_16:
+        thirteen = [classes.index(name) for name in SYNTHIA_13]
+        result["miou13"] = 100 * metric.mean(set(thirteen) & set(metric.present()))
+    return result
+
+
+def score_table(columns):
+    """Text: one row per class, one column per model. columns: {title: scores(...)}."""
+    titles, results = list(columns), list(columns.values())
+    widths = [max(len(title), 7) for title in titles]
+    lines = [" " * 14 + "  ".join(title.rjust(width) for title, width in zip(titles, widths))]
+    names = list(dict.fromkeys(name for result in results for name in result["iou"]))
+    rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
+    rows += [(title, [result.get(key) for result in results])
+             for title, key in (("mIoU", "miou"), ("mIoU, 13", "miou13"))]
+    for name, values in rows:
+        cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
+        lines.append(f"{name:14}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+    return "\n".join(lines)
+
+
+def colour_label(label, classes):
+    """Class indices (H, W) as a PIL picture in the official Cityscapes colours, ignored pixels black."""
+    return Image.fromarray(palette(classes)[np.asarray(label, np.uint8)])
+
+
+def to_picture(image):
+    """A normalised image (3, H, W) as a PIL picture."""
+    image = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def draw_panel(path, titles, rows, width=320):
+    """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide."""
+    height = round(width * rows[0][0].height / rows[0][0].width)
+    sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, 16 + len(rows) * (height + 4) - 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * (width + 4) + 4, 2), title, fill="black")
+        for line, row in enumerate(rows):
+            picture = row[column].resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (column * (width + 4), 16 + line * (height + 4)))
+    sheet.save(path)
+
+
+def comparison_panel(path, models, args, scenes=4):
+    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of the target's val split."""
+    dataset, classes, rows = target_dataset(args, "val"), task_classes(args.source), []
+    for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
+        item = dataset[index]
+        row = [to_picture(item["image"]), colour_label(item["label"], classes)]
+        for model in models.values():
+            model.eval()
+            image = item["image"][None].to(args.device)
+            pred = predict(model, image, image.shape[2:], args.precision).argmax(1)[0].cpu()  # (H, W)
+            row.append(colour_label(torch.where(item["label"] == IGNORE, IGNORE, pred), classes))
+        rows.append(row)
+    if rank() == 0:
+        draw_panel(path, ["image", "truth", *models], rows)
+
+
+# ====================================== command line, run folder, checkpoints ======================================
+
+
+class BySource(dict):
+    """A default that depends on --source. argparse prints it in --help; `parse` picks the entry."""
+
+    def __str__(self):
+        texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in self.items()}
+        return ", ".join(f"{source} {text}" for source, text in texts.items())
+
+
+def by_source(toy, gta5, synthia=None):
+    """Defaults for the three sources; synthia's are gta5's unless given."""
+    return BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
+
+
+def shared_parser(doc):
+    """The parser with the flags that mean the same in every script; each file adds its paper's own.
+
+    doc: the script's docstring, whose first paragraph becomes the description.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--source", choices=("toy", "gta5", "synthia"), default="toy",
+        help="labelled source; the toy world needs nothing, the others adapt to Cityscapes")
+    add("--data-root", metavar="DIR",
+        help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
+    add("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator")
+    add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
+    add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
+    add("--backbone", choices=("resnet101", "resnet50", "resnet18", "vgg16"), default=by_source("resnet18", "resnet101"),
+        help="network under the DeepLabV2 head")
+    add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
+        help="its start: a torchvision state dict, torchvision's download, or random")
+    add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+        help="working size of target images, and of evaluation")
+    add("--source-size", type=height_width, metavar="HxW", default=by_source((80, 160), (720, 1280), (760, 1280)),
+        help="size to which source images are resized; --size, where only that is given")
+    add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+        help="random crop on which the network is trained; --size, where only that is given")
+    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source((0.8, 1.5), (0.5, 1.5)),
+        help="range of the random scale in training")
+    add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),
+        help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
+    add("--batch-size", type=int, metavar="N", default=by_source(4, 2),
+        help="images per step and domain, over all processes")
+    add("--freeze-bn", action=argparse.BooleanOptionalAction, default=by_source(False, True),
+        help="train with frozen batch-norm statistics and affine parameters")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and augmentation")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
+    add("--workers", type=int, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
+    add("--log-every", type=int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
+    add("--save-every", type=int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
+    return parser
+
+
+def parse(parser, argv=None):
+    """Parsed arguments with every default that depends on the source filled in."""
+    args = parser.parse_args(argv)
+    if not isinstance(args.size, BySource):
+        for key in ("source_size", "crop"):
+            if isinstance(getattr(args, key), BySource):
+                setattr(args, key, args.size)
+    for key, value in vars(args).items():
+        if isinstance(value, BySource):
+            setattr(args, key, value[args.source])
+    return args
+
+
+def height_width(text):
+    """argparse type: "512x1024" -> (512, 1024), rows first."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, such as 512x1024")
+    return int(height), int(width)
+
+
+def default_precision():
+    """bf16 on a CPU with bf16 instructions (see the README for what that gains), fp32 elsewhere."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if fast and not torch.cuda.is_available() else "fp32"
+
+
+# ------------------------------------------------- several processes -------------------------------------------------
+
+
+def rank():
+    """Number of this process under torchrun, else 0. Only process 0 writes files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes under torchrun, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(tensor):
+    """Sum of a tensor over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(values):
+    """The values (n,) of all processes, one after the other; n may differ between them."""
+    if world_size() == 1:
+        return values
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, values)
+    return torch.cat(parts)
+
+
+def average_gradients(*modules):
+    """Averages the gradients of the modules over all processes; what DistributedDataParallel does, in the open.
+
+    A parameter that had no gradient on one process counts as zero there.
+    """
+    if world_size() > 1:
+        for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
+
+
+# ------------------------------------------------- the run folder -------------------------------------------------
+
+
+class Run:
+    """The folder of one run: args.json, log.jsonl, checkpoints, panel.png, result.json.
+
+    Also holds what every loop asks between two steps: the device, whether Ctrl-C was pressed, the time spent.
+    """
+
+    def __init__(self, method, args):
+        self.args = args
+        self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
+        self.interrupted = False
+        self.seconds_before, self.started = 0.0, time.time()
+        if "LOCAL_RANK" in os.environ:  # started by torchrun
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.backends.cudnn.benchmark = True
+        torch.manual_seed(args.seed)
+        settings = {"method": method, **vars(args)}
+        saved = self.folder / "args.json"
+        free = ("resume", "out", "device", "workers", "log_every", "save_every", "data_root")  # may change on resuming
+        if saved.exists() and not args.resume:
+            raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
+        if args.resume:
+            if not saved.exists():
+                raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
+            before = json.loads(saved.read_text())
+            now = json.loads(json.dumps(settings))
+            changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
+            if changed:
+                raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
+            self.seconds_before = last_seconds(self.folder / "log.jsonl")
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(saved, lambda path: path.write_text(json.dumps(settings, indent=1)))
+            print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
+        signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def seconds(self):
+        """Seconds of work on this run so far, earlier sessions included."""
+        return self.seconds_before + time.time() - self.started
+
+    def watch(self, stage, step, steps, **values):
+        """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
+
+        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
+        because reading them makes the processor wait for the GPU.
+        """
+        logged = step % self.args.log_every == 0 or step == steps
+        if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
+            return
+        values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise InputError(f"{stage} step {step}: not finite ({terms}); the last checkpoint in {self.folder} is intact, "
+                             f"a smaller learning rate may help")
+        if logged:
+            self.log(stage, f"{step}/{steps}", **values)
+
+    def log(self, stage, step="", **values):
+        """One line on the screen and one object in log.jsonl."""
+        if rank() == 0:
+            entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
+
+    def time_to_save(self, step, steps):
+        """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
+        return step % self.args.save_every == 0 or step == steps or self.interrupted
+
+    def save(self, name, checkpoint):
+        """Writes a checkpoint (tensors, numbers, strings, plain dicts) atomically; after Ctrl-C ends the program."""
+        if not all(torch.isfinite(value).all() for value in checkpoint["model"].values()):
+            raise InputError(f"{name}: weights are not finite; the last checkpoint in {self.folder} is intact")
+        if rank() == 0:
+            write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))
+        if self.interrupted:
+            sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
+
+    def finish(self, columns):
+        """Prints the table of {title: scores} and writes result.json: the last column's scores and all the others."""
+        if rank() == 0:
+            peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
+            result = {**list(columns.values())[-1], "columns": columns, "seconds": round(self.seconds(), 1),
+                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
+            write_atomically(self.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+            print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
+                  f"written to {self.folder}", flush=True)
+
+
+def last_seconds(path):
+    """Seconds that the last complete line of a log.jsonl tells, 0 without one (a killed run may leave half a line)."""
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        if line.endswith("}"):
+            return json.loads(line)["seconds"]
+    return 0.0
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path) and renames the file to `path`: whoever is killed leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes, 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions():
+    """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs ({platform.machine()})"
+    return f"python {platform.python_version()}, torch {torch.__version__}, commit {git.stdout.strip() or 'none'}, {device}"
+
+
+def read_checkpoint(path):
+    """Contents of a file of tensors and plain values, on the CPU. Cannot execute code; InputError if unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected a checkpoint") from error
+    except Exception as error:  # a damaged or foreign file can fail in any way inside the unpickler
+        raise InputError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
+
+
+def load_weights(model, state, path, what):
+    """Strict load_state_dict; where names or shapes do not fit, an InputError that says which file and what fits."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: does not fit {what} ({reason})") from error
+
+
+def build_model(args):
+    """The network that every method trains: ready on its device, batch norm frozen or live as asked."""
+    model = DeepLabV2(len(task_classes(args.source)), args.backbone, args.backbone_weights)
+    if args.freeze_bn:
+        freeze_batch_norm(model)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def to_device(batch, device):
+    """Image (N, 3, H, W) and label (N, H, W) of a batch, on the device."""
+    image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
+    return image, batch["label"].to(device, non_blocking=True)
+
+
+def pack_model(model, args):
+    """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
+    return {"source": args.source, "toy_world": args.toy_world, "backbone": args.backbone,
+            "size": list(args.size), "classes": list(task_classes(args.source)), "model": model.state_dict()}
+
+
+def load_init(model, args, run):
+    """Starts `model` from the checkpoint args.init of a source_only.py run; keeps a copy of it in the run folder."""
+    saved = read_checkpoint(args.init)
+    given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
+    classes = list(task_classes(args.source))
+    if saved["backbone"] != args.backbone or saved["classes"] != classes:
+        raise InputError(f"{args.init}: a {saved['backbone']} of {len(saved['classes'])} classes; --backbone {args.backbone} "
+                         f"--source {args.source} needs a {args.backbone} of {len(classes)}")
+    model.load_state_dict(given.state_dict())
+    run.save("source_only.pt", pack_model(model, args))
+
+
+def unpack_model(checkpoint, path):
+    """DeepLabV2 from a checkpoint of any method; InputError if the file is not one of ours."""
+    missing = {"source", "backbone", "classes", "size", "model"} - set(checkpoint)
+    if missing:
+        raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
+    model = DeepLabV2(len(checkpoint["classes"]), checkpoint["backbone"])
+    load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
+    return model
+
+
+def run(main):
+    """Calls a script's main(); an InputError ends it with its one line instead of a traceback."""
+    try:
+        main()
+    except InputError as error:
+        # An error raised in a loader process arrives with that process's traceback in front of it.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ================================================= look at the data =================================================
+
+
+def describe(title, dataset, classes, samples):
+    """Prints a data set's number of images, sizes and class shares; returns four rows (image, label) to look at."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples or len(dataset), len(dataset))).astype(int)).tolist()
+    counts, sizes, rows = np.zeros(256, np.int64), {}, []
+    for index in chosen:  # an image that cannot be read or has no label ends the program, named
+        item = dataset[index]
+        size = "x".join(map(str, item["image"].shape[1:]))
+        sizes[size] = sizes.get(size, 0) + 1
+        if "label" in item:
+            counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
+        if len(rows) < 4:
+            picture = to_picture(item["image"])
+            rows.append([picture, colour_label(item["label"], classes) if "label" in item else Image.new("RGB", picture.size)])
+    labels = len(dataset) if counts.any() else "no"
+    print(f"{title}: {len(dataset)} images, {labels} labels; {len(chosen)} read, sizes "
+          + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
+    for name, count in zip(classes, counts):
+        if counts.any():
+            print(f"    {name:14}{100 * count / counts.sum():6.2f} %")
+    if counts.any():
+        print(f"    {'ignored':14}{100 * counts[IGNORE] / counts.sum():6.2f} %")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a source and its target before training on them.")
+    parser.add_argument("--source", choices=("toy", "gta5", "synthia"), default="toy", help="which pair")
+    parser.add_argument("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
+    parser.add_argument("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator (default 0)")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
+    parser.add_argument("--picture", default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
+    args = parser.parse_args()
+    classes = task_classes(args.source)
+    # Without a size each image and label is read as it stands in its file.
+    args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
+    rows = describe("source train", source_dataset(args), classes, args.samples)
+    describe("target train", target_dataset(args, "train"), classes, args.samples)
+    rows += describe("target val", target_dataset(args, "val"), classes, args.samples)
+    draw_panel(args.picture, ["image", "label"], rows)
+    print(f"four source and four target scenes drawn into {args.picture}")
+
+
+if __name__ == "__main__":
+    run(main)

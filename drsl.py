@@ -1,0 +1,600 @@
+"""DRSL: distribution regularized self-supervised learning for domain adaptation of semantic segmentation.
+
+    J. Iqbal, H. Rawal, R. Hafiz, Y.-T. Chi, M. Ali, "Distribution Regularized Self-Supervised Learning for Domain
+    Adaptation of Semantic Segmentation", Image and Vision Computing, 2022, arXiv 2206.09683.
+
+READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*; it is not a reproduction. No
+official code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the project page
+were available. Labels such as DRSL-6 are this project's own, the paper's equation numbers are unknown, and no mIoU of
+the paper is quoted because none was found. Every statement below carries its origin:
+
+    [S] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
+    [G] the same group's earlier code (LSE, MLSL)            [F] field convention (CRST, AdaptSegNet, DeepLab)
+    [I] inferred for this reconstruction                     [U] unknown: a choice of ours, and a flag
+
+The idea in five sentences [S]
+------------------------------
+1. Cross-entropy on pseudo-labels learns only what separates classes from one another, and under a domain shift that
+   boundary is misaligned on the target, so the pseudo-labels are noisy.
+2. DRSL also models the variation *inside* a class: every pixel is embedded, and every class is a distribution with
+   several modes (class-aware multi-modal distribution learning, MMDL).
+3. Two heads share one base network: the segmentation head learns by cross-entropy on pseudo-labels, and the
+   multi-modal head by a distance metric learning loss over the same pseudo-labels.
+4. The metric loss flows back into the shared network and regularizes it.
+5. Stochastic mode alignment pulls target pixels and source pixels that map to the same mode towards each other.
+
+Notation
+--------
+    N images   C classes (index c)   K modes per class (index k)   E embedding size   n pixels   h x w feature grid
+    e_i    embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
+    d2_ck  squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
+    y_i    ground truth (source) or pseudo-label (target), 255 = ignore    m_i    mode of pixel i inside its class
+    P      softmax of the segmentation head    tau_c  class threshold    p  kept portion    V  pixels with y_i != 255
+
+Equations
+---------
+    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                source, kind [S], form [F]
+    DRSL-2   L_seg^t = the same on the target with pseudo-labels                                    kind [S], form [F]
+    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights              [R]
+    DRSL-4a  P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'          (--posterior soft)                              [R]
+    DRSL-4c  P_mm(c|e) = softmax_c(s max_k p_ck), s = 15          (--posterior max; what RepMet's code trains)    [R]
+    DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                                 [R]
+    DRSL-6   L_marg = mean_i [ min_k d2_yk - min_{c != y, k} d2_ck + alpha ]_+                                    [R]
+    DRSL-7   L_mm = L_marg + L_mmce, on source with y, on target with pseudo-labels   ("over pseudo-labels" [S], rest [I])
+    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)                             [I]
+             m_i ~ Cat(q), q_k = p_yk / sum_k' p_yk'              (--assignment stochastic, DRSL-9B)              [U]
+    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2                        [I]
+             A: the (c,k) with a source and a target pixel in the batch; a_j, b_j uniform with replacement
+    DRSL-9C  triplet: [ |e^t - e^s_+|^2 - |e^t - e^s_-|^2 + alpha ]_+, e^s_- of another class                     [U]
+    DRSL-9D  centroid: mean over A of |mu^s_ck - mu^t_ck|^2                                                       [U]
+    DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma           form [I], weights [U]
+    DRSL-14  tau_c = confidence number floor(p N_c) of the N_c target pixels predicted c, in descending order;
+             1 if floor(p N_c) = 0                                                        CBST, arXiv 1810.07911  [F]
+    DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                               [F]
+    DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                                  [F]
+
+The algorithm                                                                          paper's notion -> function
+-------------                                                                          --------------------------
+1. Source-only training [F], or --init.                                                train_source
+2. Mode warm-up on source [I]: the head alone for a while, then K-means per class      train_modes, kmeans_modes
+   on the sphere sets R, then head and network jointly.
+3. Rounds [F]: label the target train images with the present network,                 label_target, class_thresholds,
+   class-balanced;                                                                     pseudo_labels
+   then train on batches of source and target images with DRSL-10:                     main
+     the multi-modal head and its distances                                            ModeHead
+     multi-modal distribution learning                                                 mode_cross_entropy, margin_loss
+     mode assignment and stochastic mode alignment                                     assign_modes, draw_modes,
+                                                                                       stochastic_mode_alignment
+4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
+
+Choices where the sources are silent or differ           source                            here
+---------------------------------------------           ------                            ----
+ 1. distance in the margin loss                           RepMet prints d, its code has d^2  d^2
+ 2. sigma with DRSL-4a                                    RepMet 0.5                        0.3: on the sphere 0.5 cannot
+                                                                                             get below 0.67 nats (C=19, K=3)
+ 3. where the mode losses live                            unknown                           stride 8, labels nearest
+ 4. class balance in L_mm                                 unknown                           at most --pixels per class, image
+ 5. K, embedding size, lambdas, M, pairs' gradients       unknown                           3, 256, 0.1 and 0.1, 64, both sides
+ 6. confidence threshold                                  unknown; CRST uses it             CBST, confidences on every 8th
+                                                                                             pixel in each direction
+ 7. batch norm                                            CRST: running statistics          frozen on real data, live on the
+                                                                                             toy (see --freeze-bn)
+ 8. source images in a round                              CRST: 3 to 6 % of the source set   a fresh batch every step
+ 9. background score of RepMet                            detection only                    none: void pixels are ignored
+
+    python drsl.py                                                # toy world: warm-up, three rounds, table, picture
+    python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain class-balanced self-training
+    python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
+"""
+
+import argparse
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import common
+
+
+# ================================================== the equations ==================================================
+
+
+class ModeHead(nn.Module):
+    """The multi-modal head: embeds pixels on the unit sphere and holds the K representatives of each class.
+
+    Layers are inferred [I]: 1x1 convolution, GroupNorm, ReLU, 1x1 convolution, unit length. RepMet has two hidden layers
+    of 1024 on detection boxes and E = 256 [R].
+    """
+
+    def __init__(self, feature_dim, num_classes, modes=3, embedding=256):
+        super().__init__()
+        self.project = nn.Sequential(nn.Conv2d(feature_dim, 256, 1, bias=False), nn.GroupNorm(32, 256), nn.ReLU(inplace=True),
+                                     nn.Conv2d(256, embedding, 1))
+        self.representatives = nn.Parameter(F.normalize(torch.randn(num_classes, modes, embedding), dim=2))
+
+    def forward(self, features):
+        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length."""
+        return F.normalize(self.project(features).float(), dim=1)
+
+    def squared_distances(self, e):
+        """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>; R is normalised on use."""
+        R = F.normalize(self.representatives, dim=2).flatten(0, 1)  # (C, K, E) -> (C K, E)
+        d2 = (2 - 2 * e @ R.T).clamp(min=0)  # (n, C K); rounding may give -1e-7
+        return d2.view(len(e), *self.representatives.shape[:2])  # (n, C, K)
+
+
+def masked_mean(values, valid):
+    """Mean of values (n,) where valid (n,); a zero connected to the graph if nothing is."""
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+
+
+def mode_cross_entropy(d2, labels, sigma, posterior="soft", s=15.0):
+    """DRSL-5, nats: cross-entropy of the class posterior that the modes imply. d2 (n, C, K), labels (n,), 255 ignored.
+
+    posterior "soft" is DRSL-4a, "max" is DRSL-4c with multiplier `s`. Everything stays in log space.
+    """
+    z = -d2 / (2 * sigma**2)  # DRSL-3: z = log p_ck, (n, C, K)
+    if posterior == "soft":
+        logits = z.logsumexp(2)  # DRSL-4a, (n, C)
+    else:
+        logits = s * z.amax(2).exp()  # DRSL-4c, (n, C)
+    valid = labels != common.IGNORE
+    loss = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none")  # (n,)
+    return masked_mean(loss, valid)
+
+
+def margin_loss(d2, labels, alpha):
+    """DRSL-6: the nearest own mode must be nearer than the nearest mode of any other class, by alpha (squared distance).
+
+    d2 (n, C, K), labels (n,), 255 ignored. Only the two nearest modes get a gradient: that lets modes specialise.
+    """
+    nearest = d2.min(2).values  # (n, C)
+    valid = labels != common.IGNORE
+    y = torch.where(valid, labels, 0)[:, None]  # (n, 1)
+    own = nearest.gather(1, y)[:, 0]  # (n,)
+    impostor = nearest.scatter(1, y, math.inf).min(1).values  # (n,)
+    # DRSL-6
+    return masked_mean(F.relu(own - impostor + alpha), valid)
+
+
+def assign_modes(d2, labels):
+    """DRSL-8, hard: index (n,) of the nearest mode inside the pixel's own class. Without meaning where labels are 255."""
+    return own_class(d2, labels).argmin(1)
+
+
+def draw_modes(d2, labels, sigma, generator=None):
+    """DRSL-8, stochastic: mode index (n,) drawn from q_k = p_yk / sum_k' p_yk' inside the pixel's own class."""
+    q = (-own_class(d2, labels) / (2 * sigma**2)).softmax(1)  # (n, K)
+    return torch.multinomial(q, 1, generator=generator)[:, 0] if len(q) else labels
+
+
+def own_class(d2, labels):
+    """d2 (n, C, K) -> the distances (n, K) to the modes of each pixel's own class, cut from the graph."""
+    y = torch.where(labels == common.IGNORE, 0, labels)
+    return d2.detach()[torch.arange(len(d2), device=d2.device), y]
+
+
+def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, form="pairwise", alpha=0.5,
+                              generator=None):
+    """DRSL-9: distance between source and target pixels of the same (class, mode), mean over the modes both domains have.
+
+    e (n, E), labels (n,), modes (n,). form: "pairwise" (DRSL-9A), "triplet" (DRSL-9C, uses alpha) or "centroid" (DRSL-9D);
+    in the first two `pairs` pixels per mode and domain are drawn with replacement. Exactly 0 if no mode is shared.
+    """
+    keep_s, keep_t = labels_s != common.IGNORE, labels_t != common.IGNORE
+    nothing = 0 * (e_s.sum() + e_t.sum())
+    if not (keep_s.any() and keep_t.any()):
+        return nothing
+    K = 1 + max(modes_s[keep_s].max().item(), modes_t[keep_t].max().item())
+    g_s, g_t = labels_s[keep_s] * K + modes_s[keep_s], labels_t[keep_t] * K + modes_t[keep_t]  # group of a pixel
+    e_s, e_t = e_s[keep_s], e_t[keep_t]
+    J = 1 + max(g_s.max().item(), g_t.max().item())
+    n_s, n_t = torch.bincount(g_s, minlength=J), torch.bincount(g_t, minlength=J)  # (J,)
+    A = ((n_s > 0) & (n_t > 0)).nonzero()[:, 0]  # shared groups
+    if len(A) == 0:
+        return nothing
+
+    if form == "centroid":  # DRSL-9D
+        mu_s = e_s.new_zeros(J, e_s.shape[1]).index_add(0, g_s, e_s)[A] / n_s[A, None]  # (|A|, E)
+        mu_t = e_t.new_zeros(J, e_t.shape[1]).index_add(0, g_t, e_t)[A] / n_t[A, None]
+        return (mu_s - mu_t).square().sum(1).mean()
+
+    def draw(first, count):
+        """(|A|, M) random positions first .. first + count - 1, one row per shared group."""
+        u = torch.rand(len(A), pairs, generator=generator, device=e_s.device)
+        return first[:, None] + (u * count[:, None]).long().clamp(max=count[:, None] - 1)
+
+    # Sorted by group, the pixels of one group (and of one class) stand in one run.
+    order_s, order_t = g_s.argsort(), g_t.argsort()
+    start_s, start_t = n_s.cumsum(0) - n_s, n_t.cumsum(0) - n_t
+    a, b = order_s[draw(start_s[A], n_s[A])], order_t[draw(start_t[A], n_t[A])]  # (|A|, M)
+    positive = (e_s[a] - e_t[b]).square().sum(2)  # (|A|, M, E) -> (|A|, M)
+    if form == "pairwise":
+        # DRSL-9A
+        return positive.mean()
+
+    # DRSL-9C: a source pixel of another class = any position outside the run of the own class
+    per_class = torch.bincount(g_s // K, minlength=J // K + 1)
+    first, own = (per_class.cumsum(0) - per_class)[A // K], per_class[A // K]  # (|A|,)
+    others = len(g_s) - own
+    position = draw(torch.zeros_like(others), others.clamp(min=1))
+    position = torch.where(position >= first[:, None], position + own[:, None], position).clamp(max=len(g_s) - 1)
+    negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (|A|, M)
+    loss = F.relu(positive - negative + alpha).mean(1)  # (|A|,)
+    return masked_mean(loss, others > 0)
+
+
+def class_thresholds(confidence, label, num_classes, portion):
+    """DRSL-14: tau (C,), the confidence above which the best `portion` of the pixels predicted as each class lies.
+
+    confidence (n,) in [0, 1], label (n,) predicted classes. A class with nothing to keep gets 1.
+    """
+    tau = torch.ones(num_classes, dtype=confidence.dtype, device=confidence.device)
+    for c in range(num_classes):
+        values = confidence[label == c]
+        keep = int(portion * len(values) + 1e-6)  # floor; 1e-6 so that 0.29 * 100 is 29
+        if keep:
+            tau[c] = values.kthvalue(len(values) - keep + 1).values  # number `keep` from the top
+    return tau
+
+
+def pseudo_labels(prob, thresholds):
+    """DRSL-15: (N, C, H, W) probabilities -> (N, H, W) labels, 255 where even the best class misses its threshold."""
+    ratio, label = (prob / thresholds.view(1, -1, 1, 1)).max(1)  # (N, H, W)
+    return torch.where(ratio >= 1, label, common.IGNORE)
+
+
+def kmeans_modes(e, labels, representatives, iterations=10):
+    """Spherical k-means inside every class: (C, K, E) unit vectors that start the representatives [I].
+
+    e (n, E) unit vectors, labels (n,). The first centre is the pixel nearest to the class mean, each further one the pixel
+    farthest from all centres so far. A class with fewer than K pixels keeps its rows of `representatives` (C, K, E).
+    """
+    C, K, _ = representatives.shape
+    R = F.normalize(representatives, dim=2).clone()
+    for c in range(C):
+        x = e[labels == c]  # (n_c, E)
+        if len(x) < K:
+            continue
+        centres = x[(x @ x.mean(0)).argmax()][None]  # (1, E)
+        while len(centres) < K:
+            centres = torch.cat([centres, x[(x @ centres.T).amax(1).argmin()][None]])
+        for _ in range(iterations):
+            nearest = F.one_hot((x @ centres.T).argmax(1), K).to(x)  # (n_c, K)
+            means = nearest.T @ x  # (K, E); an empty mode keeps its centre
+            centres = torch.where(nearest.sum(0)[:, None] > 0, F.normalize(means, dim=1), centres)
+        R[c] = centres
+    return R
+
+
+def balanced_pixels(labels, limit, generator=None):
+    """Indices (n,) into the flattened labels (N, h, w): at most `limit` random valid pixels per class and image."""
+    N = len(labels)
+    image = torch.arange(N, device=labels.device).view(N, 1, 1)
+    group = torch.where(labels == common.IGNORE, 256 * N, image * 256 + labels).flatten()  # invalid pixels come last
+    order = torch.rand(len(group), generator=generator, device=labels.device).argsort()
+    order = order[group[order].argsort(stable=True)]  # shuffled, then sorted by group
+    group = group[order]
+    place = torch.arange(len(group), device=labels.device) - torch.searchsorted(group, group)  # inside its own group
+    return order[(place < limit) & (group < 256 * N)]
+
+
+# =================================================== the training ===================================================
+
+
+# --- same in every method file ---
+def segmentation_loss(logits, label):
+    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+
+    No valid pixel: a zero that is connected to the graph.
+    """
+    logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return total / (label != common.IGNORE).sum().clamp(min=1)
+
+
+def poly_lr(base, step, steps, power):
+    """The poly schedule: base * (1 - step / steps) ** power."""
+    return base * (1 - step / steps) ** power
+
+
+def make_optimizer(model, head_lr):
+    """SGD, momentum 0.9, weight decay 5e-4; `scale` remembers that the classifier learns `head_lr` times faster."""
+    groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
+              {"params": list(model.classifier.parameters()), "scale": head_lr}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def set_lr(optimizer, lr):
+    """Gives every parameter group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def train_source(model, dataset, args, run, file, steps, lr):
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    optimizer, start = make_optimizer(model, args.head_lr), 0
+    if args.resume and (run.folder / file).exists():
+        saved = common.read_checkpoint(run.folder / file)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    model.train()
+    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
+    for step, batch in enumerate(batches, start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
+        image, label = common.to_device(batch, args.device)
+        with common.autocast(args.device, args.precision):
+            _, logits = model(image)
+        loss = segmentation_loss(logits, label)
+        optimizer.zero_grad()
+        loss.backward()
+        common.average_gradients(model)
+        optimizer.step()
+        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], ce=loss)
+        if run.time_to_save(step, steps):
+            run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
+    model.eval()
+# --- end ---
+
+
+def as_pixels(maps):
+    """(N, E, h, w) -> (N h w, E): the order in which labels (N, h, w) flatten."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def to_grid(label, grid):
+    """Labels (N, H, W) on the feature grid (N, h, w): nearest, never interpolated."""
+    return F.interpolate(label[:, None].float(), size=grid, mode="nearest")[:, 0].long()
+
+
+def mode_loss(d2, labels, args):
+    """DRSL-7 on one domain: margin and mode cross-entropy, equal weights."""
+    return margin_loss(d2, labels, args.alpha) + mode_cross_entropy(d2, labels, args.sigma, args.posterior)
+
+
+def train_modes(model, head, dataset, args, run):
+    """Step 2: the multi-modal head learns on source before any pseudo-label exists [I]. Checkpoints: modes.pt.
+
+    For --head-iterations the network stands still, then k-means places the representatives, then for
+    --joint-iterations head and network learn together with L_seg^s + lambda_mm L_mm^s.
+    """
+    optimizer, start, steps = make_optimizer_with_modes(model, head, args), 0, args.head_iterations + args.joint_iterations
+    if args.resume and (run.folder / "modes.pt").exists():
+        start = load_training(run.folder / "modes.pt", model, head, optimizer)["step"]
+    batches = common.training_batches(dataset, args, seed=common.mix_seed(args.seed, 1), start=start, stop=steps)
+    for step, batch in enumerate(batches, start + 1):
+        joint = step > args.head_iterations
+        model.train(joint)
+        set_lr(optimizer, args.lr)
+        image, label = common.to_device(batch, args.device)
+        with common.autocast(args.device, args.precision), torch.set_grad_enabled(joint):
+            features, logits = model(image)
+        with common.autocast(args.device, args.precision):
+            e = head(features)  # (N, E, h, w)
+        label_grid = to_grid(label, e.shape[2:])
+        pick = balanced_pixels(label_grid, args.pixels, generator_for(args, 2, step))
+        mm = mode_loss(head.squared_distances(as_pixels(e)[pick]), label_grid.flatten()[pick], args)
+        loss = args.lambda_mm * mm + (segmentation_loss(logits, label) if joint else 0)
+        descend(loss, optimizer, model, head)
+        run.watch("modes", step, steps, mm=mm, loss=loss)
+        if step == args.head_iterations:
+            place_modes(model, head, args)
+        if run.time_to_save(step, steps):
+            run.save("modes.pt", pack_training(model, head, optimizer, args, step=step))
+
+
+@torch.no_grad()
+def place_modes(model, head, args, images=400, per_class=2000):
+    """Step 2, k-means: sets the representatives from at most `per_class` embeddings of every class in source images."""
+    model.eval()
+    dataset = common.source_dataset(args)
+    subset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist())
+    share = math.ceil(per_class / len(subset))
+    es, labels = [], []
+    for batch in torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers):
+        image, label = common.to_device(batch, args.device)
+        with common.autocast(args.device, args.precision):
+            e = as_pixels(head(model(image)[0]))  # (N h w, E)
+        label_grid = to_grid(label, (image.shape[2] // 8, image.shape[3] // 8))
+        pick = balanced_pixels(label_grid, share, generator_for(args, 3, len(es)))
+        es.append(e[pick])
+        labels.append(label_grid.flatten()[pick])
+    head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
+
+
+@torch.no_grad()
+def label_target(model, args, run, folder, portion):
+    """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
+
+    Returns what the log shows: the portion asked for, the share of pixels kept and, in the toy world only, their accuracy
+    against the truth, which is looked at here and used nowhere.
+    """
+    model.eval()
+    classes = common.task_classes(args.source)
+    loader = common.evaluation_loader(common.target_dataset(args, "train", labelled=args.source == "toy"), args)
+
+    def probabilities():
+        for batch in loader:
+            image = batch["image"].to(args.device, memory_format=torch.channels_last)
+            yield batch, common.predict(model, image, image.shape[2:], args.precision)  # (N, C, H, W)
+
+    confidence, label = [], []
+    for _, prob in probabilities():
+        best, index = prob[:, :, ::8, ::8].max(1)  # every 8th pixel in each direction is enough for a quantile
+        confidence.append(best.flatten().cpu())
+        label.append(index.flatten().byte().cpu())
+    confidence, label = common.all_gather(torch.cat(confidence)), common.all_gather(torch.cat(label))
+    thresholds = class_thresholds(confidence, label, len(classes), portion).to(args.device)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
+    for batch, prob in probabilities():
+        pseudo = pseudo_labels(prob, thresholds).byte().cpu()
+        for name, values in zip(batch["name"], pseudo):
+            common.write_label(folder / f"{name}.png", values.numpy(), classes)
+        total += pseudo.numel()
+        kept += (pseudo != common.IGNORE).sum()
+        if "label" in batch:
+            right += ((pseudo == batch["label"]) & (pseudo != common.IGNORE)).sum()
+    total, kept, right = common.all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
+    known = {"accuracy": right / max(kept, 1)} if args.source == "toy" else {}
+    return {"portion": portion, "kept": kept / total, **known}
+
+
+def make_optimizer_with_modes(model, head, args):
+    """The shared groups plus the head's layers and, without weight decay because they are normalised on use, R."""
+    optimizer = make_optimizer(model, args.head_lr)
+    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 10.0})
+    optimizer.add_param_group({"params": [head.representatives], "scale": 10.0, "weight_decay": 0.0})
+    return optimizer
+
+
+def descend(loss, optimizer, *modules, clip=10.0):
+    """Backward, gradient norm clipped to 10 [U], step."""
+    optimizer.zero_grad()
+    loss.backward()
+    common.average_gradients(*modules)
+    torch.nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], clip)
+    optimizer.step()
+
+
+def generator_for(args, purpose, step):
+    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew."""
+    seed = common.mix_seed(args.seed, purpose, step, common.rank())
+    return torch.Generator(args.device).manual_seed(seed)
+
+
+def pack_training(model, head, optimizer, args, **counters):
+    """Checkpoint of the whole training state: what `load_training` restores, and a model that evaluate.py reads."""
+    return {**common.pack_model(model, args), "head": head.state_dict(), "optimizer": optimizer.state_dict(), **counters}
+
+
+def load_training(path, model, head, optimizer):
+    """Restores what pack_training stored and returns the checkpoint with its counters."""
+    saved = common.read_checkpoint(path)
+    model.load_state_dict(saved["model"])
+    head.load_state_dict(saved["head"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved
+
+
+def parse_args():
+    parser = common.shared_parser(__doc__)
+    add = parser.add_argument
+    add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
+    add("--warmup-iterations", type=int, metavar="T", default=common.by_source(600, 60000), help="steps of source-only training")
+    add("--warmup-lr", type=float, metavar="X", default=common.by_source(0.03, 2.5e-4), help="its base learning rate")
+    add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
+    add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
+    add("--rounds", type=int, metavar="N", default=common.by_source(3, 4), help="rounds of pseudo-labels [U: 3 to 6]")
+    add("--iterations", type=int, metavar="T", default=common.by_source(450, 12000), help="adaptation steps, all rounds together")
+    add("--lr", type=float, metavar="X", default=common.by_source(0.01, 5e-5), help="base learning rate of the adaptation [F]")
+    add("--power", type=float, metavar="X", default=common.by_source(0.9, 0.0), help="poly decay of it over all rounds; CRST: 0 [F]")
+    add("--portion", type=float, metavar="p_0", default=common.by_source(0.5, 0.2), help="kept share of each predicted class, first round [F]")
+    add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
+    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.7, 0.5), help="its bound [F]")
+    add("--modes", type=int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
+    add("--embedding", type=int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
+    add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
+    add("--alpha", type=float, default=0.5, help="margin on squared distances [R]")
+    add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a or DRSL-4c [U]")
+    add("--pixels", type=int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm, at most [U]")
+    add("--lambda-t", type=float, default=1.0, help="weight of the target cross-entropy [U]")
+    add("--lambda-mm", type=float, default=0.1, help="weight of the mode losses [U]")
+    add("--lambda-sma", type=float, default=0.1, help="weight of stochastic mode alignment [U]")
+    add("--assignment", choices=("hard", "stochastic"), default="hard", help="DRSL-8: nearest mode, or drawn from q [U]")
+    add("--alignment", choices=("pairwise", "triplet", "centroid"), default="pairwise", help="DRSL-9A, 9C or 9D [U]")
+    add("--pairs", type=int, metavar="M", default=64, help="M, pairs per shared mode [U]")
+    add("--stop-gradient", action="store_true", help="alignment moves target embeddings only [U]")
+    return common.parse(parser)
+
+
+def main():
+    args = parse_args()
+    run = common.Run("drsl", args)
+    classes = common.task_classes(args.source)
+    source_size = args.size if args.source == "toy" else args.source_size
+    source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
+    common.target_dataset(args, "train"), common.target_dataset(args, "val")  # say now if something is missing
+
+    # Step 1: the source-only model, trained here or given.
+    model = common.build_model(args)
+    if args.init:
+        common.load_init(model, args, run)
+    else:
+        train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
+
+    # Step 2: modes of the source classes. Without mode losses there is no use for them.
+    head = ModeHead(model.feature_dim, len(classes), args.modes, args.embedding).to(args.device)
+    use_modes = args.lambda_mm > 0 or args.lambda_sma > 0
+    resumed = args.resume and (run.folder / "last.pt").exists()
+    if use_modes and not resumed:
+        train_modes(model, head, source, args, run)
+
+    # Step 3: rounds of pseudo-labels and training on both domains.
+    optimizer, done = make_optimizer_with_modes(model, head, args), 0
+    if resumed:
+        done = load_training(run.folder / "last.pt", model, head, optimizer)["step"]
+    augment = common.training_augment(args.size, args.crop, args.scale_jitter)
+    for r in range(args.rounds):
+        first, last = args.iterations * r // args.rounds, args.iterations * (r + 1) // args.rounds
+        if done >= last:
+            continue
+        labels = run.folder / "pseudo_labels" / f"round{r + 1}"
+        if done <= first:  # a new round: labels by the present network, and a fresh optimizer
+            done = first
+            portion = min(args.portion + r * args.portion_step, args.portion_max)  # DRSL-16
+            run.log(f"round {r + 1}", **label_target(model, args, run, labels, portion))
+            optimizer = make_optimizer_with_modes(model, head, args)
+        target = common.target_dataset(args, "train", augment, label_dir=labels)
+        batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=last)
+        batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)
+        model.train()
+        for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
+            set_lr(optimizer, poly_lr(args.lr, done - 1, args.iterations, args.power))
+            x_s, y_s = common.to_device(batch_s, args.device)
+            x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
+            with common.autocast(args.device, args.precision):
+                features, logits = model(torch.cat([x_s, x_t]))  # (2N, D, h, w), (2N, C, h, w)
+            losses = {"ce_s": segmentation_loss(logits[: len(x_s)], y_s),  # DRSL-1
+                      "ce_t": segmentation_loss(logits[len(x_s):], y_t)}  # DRSL-2
+            loss = losses["ce_s"] + args.lambda_t * losses["ce_t"]
+
+            if use_modes:
+                with common.autocast(args.device, args.precision):
+                    e = head(features)  # (2N, E, h, w)
+                generator = generator_for(args, 6, done)
+                pixels = []
+                for maps, y in ((e[: len(x_s)], y_s), (e[len(x_s):], y_t)):
+                    y = to_grid(y, e.shape[2:])
+                    pick = balanced_pixels(y, args.pixels, generator)
+                    pixels.append((as_pixels(maps)[pick], y.flatten()[pick]))
+                (e_s, y_s), (e_t, y_t) = pixels  # (n, E), (n,)
+                d2_s, d2_t = head.squared_distances(e_s), head.squared_distances(e_t)  # (n, C, K)
+                losses["mm_s"], losses["mm_t"] = mode_loss(d2_s, y_s, args), mode_loss(d2_t, y_t, args)  # DRSL-7
+                if args.assignment == "hard":  # DRSL-8
+                    m_s, m_t = assign_modes(d2_s, y_s), assign_modes(d2_t, y_t)
+                else:
+                    m_s, m_t = draw_modes(d2_s, y_s, args.sigma, generator), draw_modes(d2_t, y_t, args.sigma, generator)
+                losses["sma"] = stochastic_mode_alignment(e_s.detach() if args.stop_gradient else e_s, y_s, m_s, e_t, y_t, m_t,
+                                                          args.pairs, args.alignment, args.alpha, generator)  # DRSL-9
+                loss = loss + args.lambda_mm * (losses["mm_s"] + losses["mm_t"]) + args.lambda_sma * losses["sma"]  # DRSL-10
+
+            descend(loss, optimizer, model, head)
+            run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+            if run.time_to_save(done, args.iterations):
+                run.save("last.pt", pack_training(model, head, optimizer, args, step=done))
+
+    # Step 4: both models on the target's validation split.
+    source_model = common.unpack_model(common.read_checkpoint(run.folder / "source_only.pt"), "source_only.pt").to(args.device)
+    columns = {**common.evaluate_source_only(source_model, args), "DRSL": common.evaluate_target(model, args)}
+    run.finish(columns)
+    common.comparison_panel(run.folder / "panel.png", {"source only": source_model, "DRSL": model}, args)
+
+
+if __name__ == "__main__":
+    common.run(main)

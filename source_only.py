@@ -1,0 +1,125 @@
+"""Source only: train on labelled source images, test on the target. The baseline that every method starts from.
+
+A network that learned to segment rendered streets is asked to segment camera images without having seen one. What it
+loses is the *domain gap*, and the method files next to this one try to close it without a single target label. With
+`--oracle` the same loop trains on the target's own labels instead: the supervised bound that no method is expected
+to reach. Between the two numbers lies all there is to win.
+
+The algorithm, which the other files repeat as their warm-up:
+
+1. Build DeepLabV2 on an ImageNet backbone (the toy world starts from random weights).
+2. Draw a batch: randomly scaled, cropped, flipped and colour-jittered source images with their labels.
+3. Learning rate by the poly schedule, ten times larger in the new classifier than in the backbone.
+4. Forward; logits upsampled bilinearly to the labels' size; cross-entropy over the pixels not labelled 255.
+5. Backward, SGD step; now and then a line in the log and a checkpoint.
+6. Evaluate the *last* checkpoint on the target's validation split: one confusion matrix, labels at full resolution.
+
+equation                                                       function
+SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   V: pixels with y_i != 255
+SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr
+
+The recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly 0.9, head
+x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of any paper is
+claimed for them.
+
+The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics re-estimated on
+unlabelled target images. That is already a known adaptation, and methods whose batch norm is live while they train on
+target images get it for free, so it stands in every comparison. (With --freeze-bn and a VGG16 there is no such column.)
+
+    python source_only.py                                       # toy world, no data, a CPU will do
+    python source_only.py --oracle
+    python source_only.py --source synthia --data-root DIR      # then: python drsl.py ... --init runs/.../last.pt
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+# --- same in every method file ---
+def segmentation_loss(logits, label):
+    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+
+    No valid pixel: a zero that is connected to the graph.
+    """
+    logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return total / (label != common.IGNORE).sum().clamp(min=1)
+
+
+def poly_lr(base, step, steps, power):
+    """The poly schedule: base * (1 - step / steps) ** power."""
+    return base * (1 - step / steps) ** power
+
+
+def make_optimizer(model, head_lr):
+    """SGD, momentum 0.9, weight decay 5e-4; `scale` remembers that the classifier learns `head_lr` times faster."""
+    groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
+              {"params": list(model.classifier.parameters()), "scale": head_lr}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def set_lr(optimizer, lr):
+    """Gives every parameter group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def train_source(model, dataset, args, run, file, steps, lr):
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    optimizer, start = make_optimizer(model, args.head_lr), 0
+    if args.resume and (run.folder / file).exists():
+        saved = common.read_checkpoint(run.folder / file)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    model.train()
+    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
+    for step, batch in enumerate(batches, start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
+        image, label = common.to_device(batch, args.device)
+        with common.autocast(args.device, args.precision):
+            _, logits = model(image)
+        loss = segmentation_loss(logits, label)
+        optimizer.zero_grad()
+        loss.backward()
+        common.average_gradients(model)
+        optimizer.step()
+        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], ce=loss)
+        if run.time_to_save(step, steps):
+            run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
+    model.eval()
+# --- end ---
+
+
+def parse_args():
+    parser = common.shared_parser(__doc__)
+    add = parser.add_argument
+    add("--iterations", type=int, metavar="T", default=common.by_source(600, 60000), help="training steps")
+    add("--lr", type=float, metavar="X", default=common.by_source(0.03, 2.5e-4), help="base learning rate lr_0; the head's is ten times it")
+    add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
+    return common.parse(parser)
+
+
+def main():
+    args = parse_args()
+    run = common.Run("oracle" if args.oracle else "source_only", args)
+    classes = common.task_classes(args.source)
+    size = args.size if args.oracle or args.source == "toy" else args.source_size
+    augment = common.training_augment(size, args.crop, args.scale_jitter)
+    if args.oracle:
+        dataset = common.target_dataset(args, "train", augment, labelled=True)
+    else:
+        dataset = common.source_dataset(args, augment=augment)
+    model = common.build_model(args)
+    train_source(model, dataset, args, run, "last.pt", args.iterations, args.lr)
+    columns = {"oracle": common.evaluate_target(model, args)} if args.oracle else common.evaluate_source_only(model, args)
+    run.finish(columns)
+    common.comparison_panel(run.folder / "panel.png", {list(columns)[0]: model}, args)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,502 @@
+"""drsl.py: every equation against an independent computation, its gradient routing and its degenerate cases.
+
+Property names such as P-M1 count through what a mode head on the unit sphere must obey; the numbers are closed forms.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import drsl
+from drsl import (ModeHead, assign_modes, balanced_pixels, class_thresholds, draw_modes, kmeans_modes, margin_loss,
+                  mode_cross_entropy, pseudo_labels, segmentation_loss, stochastic_mode_alignment)
+
+C, K, E = 19, 3, 256
+
+
+def unit(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
+
+
+def distances(e, R):
+    """|e - R|^2 by the definition: e (n, E), R (C, K, E) -> (n, C, K)."""
+    return (e[:, None, None] - R[None]).square().sum(-1)
+
+
+def orthogonal_modes(classes=C, modes=K, dim=E):
+    return torch.eye(dim, dtype=torch.float64)[: classes * modes].view(classes, modes, dim)
+
+
+def labels(n, seed=1, classes=C):
+    return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------- the mode head ----------------------------------------------------
+
+
+def test_head_gives_unit_embeddings_and_the_distances_of_the_definition():
+    head = ModeHead(32, 5, modes=2, embedding=16)
+    e = head(torch.randn(2, 32, 3, 4))
+    assert e.shape == (2, 16, 3, 4)
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(2, 3, 4))
+    pixels = drsl.as_pixels(e)
+    with torch.no_grad():
+        head.representatives.mul_(7)  # normalised on use: their length must not matter
+    expected = distances(pixels.double(), F.normalize(head.representatives.double(), dim=2))
+    d2 = head.squared_distances(pixels)
+    assert d2.shape == (24, 5, 2)
+    torch.testing.assert_close(d2.double(), expected, atol=1e-5, rtol=0)
+    own = F.normalize(head.representatives, dim=2).flatten(0, 1)
+    assert (head.squared_distances(own) >= 0).all()  # 2 - 2 cos is clamped
+
+
+def test_pixels_and_labels_flatten_in_the_same_order():
+    maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()
+    assert drsl.as_pixels(maps)[1 * 20 + 2 * 5 + 3].tolist() == maps[1, :, 2, 3].tolist()
+
+
+def test_labels_reach_the_grid_by_nearest_neighbour():
+    label = torch.arange(16 * 24).view(1, 16, 24) % 250
+    assert torch.equal(drsl.to_grid(label, (2, 3)), label[:, ::8, ::8])
+
+
+# ----------------------------------------------------- margin loss -----------------------------------------------------
+
+
+def test_margin_against_a_loop():
+    e, R, y = unit(40, E), unit(C, K, E, seed=2), labels(40)
+    y[::7] = 255
+    terms = []
+    for i in range(40):
+        if y[i] != 255:
+            own = min((e[i] - R[y[i], k]).square().sum().item() for k in range(K))
+            other = min((e[i] - R[c, k]).square().sum().item() for c in range(C) for k in range(K) if c != y[i])
+            terms.append(max(0.0, own - other + 0.5))
+    assert margin_loss(distances(e, R), y, 0.5).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+def test_margin_of_equal_modes_is_alpha():  # P-M1
+    R = unit(1, E).expand(C, K, E)
+    assert margin_loss(distances(unit(50, E, seed=3), R), labels(50), 0.7).item() == pytest.approx(0.7, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha, expected", [(0.5, 0.0), (2.0, 0.0), (3.0, 1.0)])  # P-M2
+def test_margin_on_an_own_mode(alpha, expected):
+    R = orthogonal_modes()
+    assert margin_loss(distances(R[4, 1][None], R), torch.tensor([4]), alpha).item() == pytest.approx(expected)
+
+
+def test_margin_on_an_impostor_mode():  # P-M3
+    R = orthogonal_modes()
+    assert margin_loss(distances(R[4, 1][None], R), torch.tensor([3]), 0.5).item() == pytest.approx(2.5)
+
+
+def test_margin_range():  # P-M4
+    e, R, y = unit(200, E), unit(C, K, E, seed=2), labels(200)
+    each = torch.stack([margin_loss(distances(e[i:i + 1], R), y[i:i + 1], 0.5) for i in range(200)])
+    assert 0 <= each.min() and each.max() <= 4.5
+    opposite = torch.stack([-e[0].expand(K, E), e[0].expand(K, E)])
+    assert margin_loss(distances(e[:1], opposite), torch.tensor([0]), 0.5).item() == pytest.approx(4.5)
+
+
+def test_margin_invariances():  # P-M5
+    e, R, y = unit(60, E), unit(C, K, E, seed=2), labels(60)
+    value = margin_loss(distances(e, R), y, 0.5).item()
+    turn, _ = torch.linalg.qr(torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+    assert margin_loss(distances(e, R[:, [2, 0, 1]]), y, 0.5).item() == pytest.approx(value)
+    assert margin_loss(distances(e @ turn, R @ turn), y, 0.5).item() == pytest.approx(value)
+    one = R[:, :1]
+    assert margin_loss(distances(e, one.expand(C, K, E)), y, 0.5).item() == pytest.approx(margin_loss(distances(e, one), y, 0.5).item())
+
+
+def test_margin_of_random_vectors():  # P-M6: above alpha, because 54 impostors come nearer than 3 own modes
+    value = margin_loss(distances(unit(4000, E), unit(C, K, E, seed=2)), labels(4000), 0.5).item()
+    assert value == pytest.approx(0.68, abs=0.02)
+
+
+def test_margin_gradient_reaches_two_modes_and_does_not_depend_on_e():  # P-M7, P-M8
+    e, R = unit(1, E).requires_grad_(), unit(C, K, E, seed=2).requires_grad_()
+    d2, y = distances(e, R), torch.tensor([6])
+    margin_loss(d2, y, 3.0).backward()  # alpha 3: surely active
+    own = d2[0, 6].argmin().item()
+    masked = d2[0].detach().clone()
+    masked[6] = math.inf
+    c, k = divmod(masked.argmin().item(), K)
+    torch.testing.assert_close(e.grad[0], 2 * (R[c, k] - R[6, own]).detach())
+    torch.testing.assert_close(R.grad[6, own], (-2 * (e[0] - R[6, own])).detach())
+    torch.testing.assert_close(R.grad[c, k], (2 * (e[0] - R[c, k])).detach())
+    assert (R.grad.abs().sum(2) > 0).sum() == 2  # every other mode: exactly nothing
+
+    e.grad = None
+    own_mode = orthogonal_modes()
+    at = own_mode[4, 1][None].clone().requires_grad_()
+    margin_loss(distances(at, own_mode), torch.tensor([4]), 0.5).backward()
+    assert at.grad.abs().max() == 0  # inactive
+
+
+@pytest.mark.parametrize("modes, solved", [(1, False), (2, True), (3, True)])
+@pytest.mark.parametrize("seed", range(4))
+def test_margin_learns_xor_only_with_several_modes(modes, solved, seed):  # P-M9
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.tensor([[1.5, 1.5], [-1.5, -1.5], [1.5, -1.5], [-1.5, 1.5]])
+    points = (centres[:, None] + 0.25 * torch.randn(4, 100, 2, generator=g)).flatten(0, 1)
+    y = torch.tensor([0, 0, 1, 1]).repeat_interleave(100)
+    R = (0.1 * torch.randn(2, modes, 2, generator=g)).requires_grad_()
+    for _ in range(400):
+        loss = margin_loss(distances(points, R), y, 1.0)
+        R.data -= 0.2 * torch.autograd.grad(loss, R)[0]
+    accuracy = (distances(points, R).min(2).values.argmin(1) == y).float().mean().item()
+    assert (accuracy == 1.0 and loss.item() < 1e-6) if solved else accuracy <= 0.76
+
+
+# --------------------------------------------------- mode cross-entropy ---------------------------------------------------
+
+
+def test_mode_cross_entropy_against_a_loop():
+    d2, y = distances(unit(30, E), unit(C, K, E, seed=2)), labels(30)
+    y[::4] = 255
+    terms = []
+    for i in range(30):
+        if y[i] != 255:
+            p = [[math.exp(-d2[i, c, k].item() / (2 * 0.3**2)) for k in range(K)] for c in range(C)]
+            terms.append(-math.log(sum(p[y[i]]) / sum(map(sum, p))))
+    assert mode_cross_entropy(d2, y, 0.3).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+@pytest.mark.parametrize("classes, expected", [(19, 2.944439), (16, 2.772589)])  # P-C1
+@pytest.mark.parametrize("posterior", ["soft", "max"])
+def test_mode_cross_entropy_of_equal_modes(classes, expected, posterior):
+    R = unit(1, E).expand(classes, K, E)
+    value = mode_cross_entropy(distances(unit(9, E, seed=3), R), labels(9, classes=classes), 0.3, posterior)
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("sigma, expected", [  # P-C2
+    (0.5, {1: 0.28494, 3: 0.66993, 5: 0.93054}),
+    (0.3, {1: 2.7e-4, 3: 8.1e-4, 5: 1.34e-3}),
+    (1.0, {1: 2.031, 3: 2.521, 5: 2.667}),
+])
+def test_mode_cross_entropy_on_an_own_mode(sigma, expected):
+    for modes, value in expected.items():
+        R = orthogonal_modes(modes=modes)
+        loss = mode_cross_entropy(distances(R[2, 0][None], R), torch.tensor([2]), sigma).item()
+        assert loss == pytest.approx(value, rel=5e-3 if value < 0.01 else 3e-4)
+        tiny = math.exp(-1 / sigma**2)
+        assert loss == pytest.approx(-math.log((1 + (modes - 1) * tiny) / (1 + (C * modes - 1) * tiny)), abs=1e-12)
+
+
+def test_mode_cross_entropy_limits_of_sigma():  # P-C3
+    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
+    d2 = distances(e, R)
+    assert mode_cross_entropy(d2, y, 100.0).item() == pytest.approx(math.log(C), abs=1e-4)
+    nearest = d2.min(2).values.argmin(1)
+    assert mode_cross_entropy(d2, nearest, 0.02).item() < 0.3
+    assert mode_cross_entropy(d2, (nearest + 1) % C, 0.02).item() > 3
+
+
+def test_mode_cross_entropy_is_a_cosine_softmax():  # P-C4: temperature sigma^2
+    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
+    cosine = torch.einsum("ne,cke->nck", e, R) / 0.3**2
+    expected = F.cross_entropy(cosine.logsumexp(2), y)
+    torch.testing.assert_close(mode_cross_entropy(distances(e, R), y, 0.3), expected)
+
+
+def test_mode_cross_entropy_invariances():  # P-C5, P-C7
+    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
+    d2 = distances(e, R)
+    value = mode_cross_entropy(d2, y, 0.3).item()
+    assert mode_cross_entropy(d2[:, :, [1, 2, 0]], y, 0.3).item() == pytest.approx(value)
+    assert mode_cross_entropy(d2 + 1.7, y, 0.3).item() == pytest.approx(value)
+    one = d2[:, :, :1]
+    assert mode_cross_entropy(one.expand(-1, -1, K), y, 0.3).item() == pytest.approx(mode_cross_entropy(one, y, 0.3).item())
+    each = sum(math.exp(-mode_cross_entropy(d2[:1], torch.tensor([c]), 0.3).item()) for c in range(C))
+    assert each == pytest.approx(1.0)  # the posterior sums to 1
+
+
+def test_mode_cross_entropy_max_variant():  # P-C6
+    R = orthogonal_modes()
+    value = mode_cross_entropy(distances(R[2, 0][None], R), torch.tensor([2]), 0.5, "max").item()
+    assert value == pytest.approx(7.2e-6, rel=0.02)
+
+
+def test_mode_cross_entropy_pulls_to_own_modes():
+    e, R = unit(1, E).requires_grad_(), unit(C, K, E, seed=2)
+    before = distances(e, R)
+    mode_cross_entropy(before, torch.tensor([5]), 0.3).backward()
+    after = distances(F.normalize(e.detach() - 0.1 * e.grad, dim=1), R)
+    assert after[0, 5].min() < before[0, 5].min()
+
+
+@pytest.mark.parametrize("loss", [lambda d2, y: margin_loss(d2, y, 0.5), lambda d2, y: mode_cross_entropy(d2, y, 0.3)])
+@pytest.mark.parametrize("n, y", [(0, []), (3, [255, 255, 255]), (1, [2])])
+def test_mode_losses_over_nothing_are_a_connected_zero(loss, n, y):
+    d2 = torch.rand(n, C, K, requires_grad=True)
+    value = loss(d2, torch.tensor(y, dtype=torch.long))
+    value.backward()
+    assert torch.isfinite(value) and d2.grad is not None and torch.isfinite(d2.grad).all()
+    if n != 1:
+        assert value.item() == 0 and d2.grad.abs().sum() == 0
+
+
+def test_mode_losses_with_a_single_class_are_zero_without_nan():
+    d2 = torch.rand(4, 1, K, requires_grad=True)
+    y = torch.zeros(4, dtype=torch.long)
+    value = margin_loss(d2, y, 0.5) + mode_cross_entropy(d2, y, 0.3)
+    value.backward()
+    assert value.item() == 0 and torch.isfinite(d2.grad).all()
+
+
+# ----------------------------------------------------- mode assignment -----------------------------------------------------
+
+
+def test_assignment_is_the_argmin_inside_the_own_class():
+    d2, y = torch.rand(50, C, K), labels(50)
+    y[3] = 255
+    m = assign_modes(d2, y)
+    assert all(m[i] == d2[i, y[i]].argmin() for i in range(50) if y[i] != 255)
+    others = torch.rand(50, C, K)  # P-Q4: other classes' distances never matter
+    others[torch.arange(50), y.clamp(max=C - 1)] = d2[torch.arange(50), y.clamp(max=C - 1)]
+    keep = y != 255
+    assert torch.equal(assign_modes(others, y)[keep], m[keep])
+
+
+def test_stochastic_assignment():
+    d2, y = torch.rand(50, C, K), labels(50)
+    assert torch.equal(draw_modes(d2, y, 1e-3), assign_modes(d2, y))  # P-Q2
+    assert draw_modes(d2[:, :, :1], y, 0.3).eq(0).all() and assign_modes(d2[:, :, :1], y).eq(0).all()  # P-Q3
+    many = draw_modes(torch.zeros(30000, 1, K), torch.zeros(30000, dtype=torch.long), 0.3)  # P-Q1: equal modes -> 1/K
+    torch.testing.assert_close(torch.bincount(many, minlength=K) / 30000, torch.full((K,), 1 / K), atol=0.015, rtol=0)
+    some = torch.tensor([[[0.1, 0.2, 0.4]]])
+    drawn = draw_modes(some.expand(30000, 1, K), torch.zeros(30000, dtype=torch.long), 0.3)
+    q = torch.tensor([math.exp(-v / (2 * 0.09)) for v in (0.1, 0.2, 0.4)])
+    torch.testing.assert_close(torch.bincount(drawn, minlength=K) / 30000, q / q.sum(), atol=0.015, rtol=0)
+
+
+def test_assignment_carries_no_gradient_and_takes_nothing():
+    d2 = torch.rand(4, C, K, requires_grad=True)
+    assert not assign_modes(d2, labels(4)).requires_grad
+    empty = torch.zeros(0, dtype=torch.long)
+    assert len(assign_modes(torch.rand(0, C, K), empty)) == 0 and len(draw_modes(torch.rand(0, C, K), empty, 0.3)) == 0
+
+
+# ------------------------------------------------ stochastic mode alignment ------------------------------------------------
+
+
+def both(e_s, e_t, y_s=None, m_s=None, y_t=None, m_t=None, **options):
+    zeros = lambda e: torch.zeros(len(e), dtype=torch.long)
+    return stochastic_mode_alignment(e_s, zeros(e_s) if y_s is None else y_s, zeros(e_s) if m_s is None else m_s,
+                                     e_t, zeros(e_t) if y_t is None else y_t, zeros(e_t) if m_t is None else m_t, **options)
+
+
+def test_alignment_hand_values():  # P-S1
+    a, b = torch.eye(4, dtype=torch.float64)[:1], torch.eye(4, dtype=torch.float64)[1:2]
+    assert both(a, a).item() == 0
+    assert both(a, b).item() == pytest.approx(2)
+    assert both(a, -a).item() == pytest.approx(4)
+
+
+def test_alignment_without_a_shared_mode_is_exactly_zero():  # P-S2
+    e_s, e_t = unit(5, 8).requires_grad_(), unit(5, 8, seed=1).requires_grad_()
+    one = torch.ones(5, dtype=torch.long)
+    for options in ({"m_t": one}, {"y_t": one}, {"y_t": 255 * one}, {"y_s": 255 * one, "y_t": 255 * one}):
+        for form in ("pairwise", "triplet", "centroid"):
+            value = both(e_s, e_t, form=form, **options)
+            e_s.grad = e_t.grad = None
+            value.backward()
+            assert value.item() == 0 and e_s.grad.abs().sum() == 0 and e_t.grad.abs().sum() == 0
+    assert both(torch.zeros(0, 8), e_t).item() == 0
+
+
+def test_alignment_expectation():  # P-S3
+    g = torch.Generator().manual_seed(0)
+    e_s, e_t = unit(50, 8) + 0.5, unit(70, 8, seed=1)
+    e_s = F.normalize(e_s, dim=1)
+    mu_s, mu_t = e_s.mean(0), e_t.mean(0)
+    expected = (mu_s - mu_t).square().sum() + e_s.var(0, correction=0).sum() + e_t.var(0, correction=0).sum()
+    assert expected.item() == pytest.approx((2 - 2 * mu_s @ mu_t).item())
+    draws = torch.stack([both(e_s, e_t, generator=g) for _ in range(2000)])
+    assert draws.mean().item() == pytest.approx(expected.item(), abs=4 * draws.std().item() / 2000**0.5)
+    centroid = both(e_s, e_t, form="centroid").item()  # P-S8
+    assert centroid == pytest.approx((mu_s - mu_t).square().sum().item()) and centroid <= expected
+
+
+def test_alignment_is_a_mean_over_shared_modes_not_over_pixels():
+    """Mode (0, 0) has 30 pixels at distance 2, mode (1, 2) one pixel at distance 4: the mean is 3."""
+    eye = torch.eye(4, dtype=torch.float64)
+    e_s = torch.cat([eye[:1].expand(30, 4), eye[1:2]])
+    e_t = torch.cat([eye[2:3].expand(30, 4), -eye[1:2]])
+    y, m = torch.tensor([0] * 30 + [1]), torch.tensor([0] * 30 + [2])
+    for form in ("pairwise", "centroid"):
+        assert both(e_s, e_t, y, m, y, m, form=form).item() == pytest.approx(3)
+
+
+def test_alignment_ignores_void_and_unshared_pixels():  # P-S4
+    e_s, e_t, far = unit(6, 8), unit(6, 8, seed=1), 100 * unit(3, 8, seed=2)
+    zero, void = torch.zeros(6, dtype=torch.long), torch.full((3,), 255)
+    for form in ("pairwise", "centroid"):
+        value = both(e_s, e_t, form=form, generator=torch.Generator().manual_seed(3)).item()
+        with_void = both(torch.cat([e_s, far]), e_t, torch.cat([zero, void]), torch.cat([zero, void * 0]), form=form,
+                         generator=torch.Generator().manual_seed(3)).item()
+        unshared = both(torch.cat([e_s, far]), e_t, torch.cat([zero, void * 0 + 4]), torch.cat([zero, void * 0]), form=form,
+                        generator=torch.Generator().manual_seed(3)).item()
+        assert value == with_void == unshared
+    swapped = both(e_t, e_s, form="centroid").item()
+    assert swapped == pytest.approx(both(e_s, e_t, form="centroid").item())
+
+
+def test_alignment_gradient():  # P-S5
+    e_s, e_t = unit(5, 8).requires_grad_(), unit(7, 8, seed=1).requires_grad_()
+    both(e_s, e_t, pairs=64, generator=torch.Generator().manual_seed(0)).backward()
+    torch.testing.assert_close(e_s.grad.sum(0), -e_t.grad.sum(0))
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, 64, generator=g) * 5).long()[0], (torch.rand(1, 64, generator=g) * 7).long()[0]
+    expected = torch.zeros(5, 8, dtype=torch.float64)
+    for i, j in zip(a.tolist(), b.tolist()):
+        expected[i] += 2 / 64 * (e_s[i] - e_t[j]).detach()
+    torch.testing.assert_close(e_s.grad, expected)
+    stopped = unit(5, 8).requires_grad_()
+    both(stopped.detach(), e_t).backward()
+    assert stopped.grad is None
+
+
+def test_alignment_alone_would_collapse():  # P-S6
+    constant = unit(1, 8).expand(20, 8)
+    assert both(constant, constant).item() == pytest.approx(0, abs=1e-12)
+    R = unit(C, K, 8, seed=2)
+    y = labels(20)
+    spread = R[y, 0]
+    assert mode_cross_entropy(distances(constant, R), y, 0.3) > mode_cross_entropy(distances(spread, R), y, 0.3)
+
+
+def test_alignment_variance_falls_with_the_number_of_pairs():  # P-S7
+    e_s, e_t = unit(50, 8), unit(70, 8, seed=1)
+    g = torch.Generator().manual_seed(0)
+    spread = {M: torch.stack([both(e_s, e_t, pairs=M, generator=g) for _ in range(600)]).var().item() for M in (16, 64, 256)}
+    assert spread[16] / spread[64] == pytest.approx(4, rel=0.35) and spread[64] / spread[256] == pytest.approx(4, rel=0.35)
+
+
+def test_triplet_alignment():
+    """One pixel per class: positive and negative are certain, so the loss is a hand value."""
+    eye = torch.eye(4, dtype=torch.float64)
+    y, m = torch.tensor([0, 1]), torch.tensor([0, 0])
+    e_s, e_t = eye[:2].clone().requires_grad_(), torch.stack([eye[0], eye[2]]).requires_grad_()
+    # class 0: |e_t - e_s0|^2 - |e_t - e_s1|^2 = 0 - 2; class 1: 2 - 2
+    value = both(e_s, e_t, y, m, y, m, form="triplet", alpha=0.5)
+    assert value.item() == pytest.approx((0 + 0.5) / 2)
+    value.backward()
+    assert e_s.grad[0].abs().sum() > 0  # it is class 1's negative
+    only = both(e_s[:1], e_t[:1], form="triplet")
+    assert only.item() == 0  # no other class in the batch: nothing to compare with
+
+
+def test_triplet_negatives_come_from_every_other_class_and_never_the_own():
+    n = 400
+    y_s, m_s = labels(n, classes=5), torch.zeros(n, dtype=torch.long)
+    e_s = F.one_hot(y_s, 5).double().requires_grad_()
+    target = F.one_hot(torch.tensor([2]), 5).double()
+    value = both(e_s, target, y_s, m_s, torch.tensor([2]), torch.tensor([0]), form="triplet", pairs=2000, alpha=3.0)
+    assert value.item() == pytest.approx(0 - 2 + 3)  # each negative at distance 2: none from class 2, at distance 0
+    value.backward()
+    assert all(e_s.grad[y_s == c].abs().sum() > 0 for c in (0, 1, 3, 4))
+
+
+# ------------------------------------------------------- segmentation -------------------------------------------------------
+
+
+def test_segmentation_loss():
+    logits = torch.randn(2, C, 5, 6, dtype=torch.float64).float()
+    label = torch.randint(0, C, (2, 40, 48))
+    label[:, :7] = 255
+    up = F.interpolate(logits, (40, 48), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(segmentation_loss(logits, label), F.cross_entropy(up, label, ignore_index=255))
+    assert segmentation_loss(torch.zeros(1, C, 2, 2), torch.zeros(1, 16, 16, dtype=torch.long)).item() == pytest.approx(math.log(C))  # P-G1
+    twice = segmentation_loss(logits.repeat(2, 1, 1, 1), label.repeat(2, 1, 1))  # P-G3
+    torch.testing.assert_close(twice, segmentation_loss(logits, label))
+    torch.testing.assert_close(segmentation_loss(logits + 3, label), segmentation_loss(logits, label))  # P-G5
+
+
+def test_segmentation_loss_over_nothing():  # P-G2
+    logits = torch.randn(1, C, 2, 2, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 16, 16), 255))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().sum() == 0
+
+
+# ------------------------------------------------------ pseudo-labels ------------------------------------------------------
+
+
+@pytest.mark.parametrize("portion, kept", [(0.2, 200), (0.5, 500), (0.29, 290)])  # P-L1
+def test_thresholds_keep_the_asked_portion_of_every_class(portion, kept):
+    confidence = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.arange(3000) % 3
+    tau = class_thresholds(confidence, label, 4, portion)
+    for c in range(3):
+        mine = confidence[label == c]
+        assert (mine >= tau[c]).sum() == kept
+        assert tau[c] == sorted(mine.tolist(), reverse=True)[kept - 1]  # DRSL-14 by the letter
+    assert tau[3] == 1  # P-L5: never predicted
+
+
+def test_thresholds_fall_with_the_portion():  # P-L2
+    confidence, label = torch.rand(500), torch.randint(0, 3, (500,))
+    taus = [class_thresholds(confidence, label, 3, p) for p in (0.2, 0.25, 0.5)]
+    assert (taus[0] >= taus[1]).all() and (taus[1] >= taus[2]).all()
+
+
+def test_thresholds_of_tiny_sets():
+    assert class_thresholds(torch.zeros(0), torch.zeros(0, dtype=torch.long), 3, 0.5).tolist() == [1, 1, 1]
+    assert class_thresholds(torch.tensor([0.4]), torch.tensor([1]), 3, 0.5).tolist() == [1, 1, 1]  # floor(0.5) = 0
+    assert class_thresholds(torch.tensor([0.5]), torch.tensor([1]), 3, 1.0).tolist() == [1, 0.5, 1]
+
+
+def test_pseudo_labels_are_the_weighted_argmax():
+    prob = torch.tensor([0.6, 0.4]).view(1, 2, 1, 1)
+    assert pseudo_labels(prob, torch.tensor([0.9, 0.3])).item() == 1  # P-L4
+    assert pseudo_labels(prob, torch.tensor([0.9, 0.5])).item() == 255
+    assert pseudo_labels(prob, torch.tensor([0.6, 1.0])).item() == 0  # exactly at the threshold: kept
+    prob = torch.rand(2, 5, 6, 7).softmax(1)
+    assert torch.equal(pseudo_labels(prob, torch.full((5,), 0.01)), prob.argmax(1))  # P-L3
+    sure = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)  # P-L5: tau = 1 keeps only certainty
+    assert pseudo_labels(sure, torch.tensor([0.5, 1.0])).item() == 1
+
+
+# ---------------------------------------------------------- k-means ----------------------------------------------------------
+
+
+def test_kmeans_finds_the_modes_of_each_class():
+    centres = F.normalize(torch.randn(4, K, 32, generator=torch.Generator().manual_seed(0)), dim=2)
+    y = torch.arange(4).repeat_interleave(K * 40)
+    e = F.normalize(centres.flatten(0, 1).repeat_interleave(40, 0) + 0.03 * torch.randn(4 * K * 40, 32), dim=1)
+    start = torch.randn(5, K, 32)
+    R = kmeans_modes(e, y, start)
+    for c in range(4):
+        assert (R[c] @ centres[c].T).amax(0).min() > 0.99  # each true mode has a centre near it
+    torch.testing.assert_close(R[4], F.normalize(start[4], dim=1))  # a class that never occurs keeps its start
+    torch.testing.assert_close(R.norm(dim=2), torch.ones(5, K))
+
+
+def test_kmeans_with_fewer_distinct_pixels_than_modes():
+    e = unit(1, 8).float().expand(10, 8)
+    R = kmeans_modes(e, torch.zeros(10, dtype=torch.long), torch.randn(1, K, 8))
+    assert torch.isfinite(R).all()
+    torch.testing.assert_close(R[0], e[:K])
+
+
+# ------------------------------------------------------ pixel sampling ------------------------------------------------------
+
+
+def test_balanced_pixels():
+    label = torch.tensor([0] * 30 + [1] * 5 + [255] * 5).view(1, 5, 8).repeat(3, 1, 1)
+    label[2] = 255
+    pick = balanced_pixels(label, 7)
+    picked = label.flatten()[pick]
+    assert len(set(pick.tolist())) == len(pick) == 2 * (7 + 5)
+    for image in range(2):
+        mine = picked[pick // 40 == image]
+        assert (mine == 0).sum() == 7 and (mine == 1).sum() == 5
+    assert len(balanced_pixels(torch.full((1, 2, 2), 255), 7)) == 0
+    often = torch.stack([torch.bincount(balanced_pixels(label[:1], 7), minlength=40) for _ in range(300)]).float().mean(0)
+    assert often[:30].min() > 0.1 and often[:30].max() < 0.4  # each road pixel about 7 times in 30: no favourites
