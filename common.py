@@ -374,12 +374,12 @@ def toy_style(world, domain):
     """The constants of one domain of one world: colours and proportions of the looks, and the camera."""
     rng = np.random.default_rng([world, 2024])
     colours = {name: np.clip(np.array(looks) + rng.normal(0, 14, (3, 3)), 10, 245) for name, looks in _LOOKS.items()}
-    # Source proportions (.65, .25, .1) in some order; the target's are the same numbers the other way round.
-    shares = {name: rng.permutation([0.65, 0.25, 0.1]) for name in _LOOKS}
+    # Source proportions .55, .30, .15 in some order; in the target the common look is rare and the rare one common.
+    shares = {name: rng.permutation([0.55, 0.3, 0.15]) for name in _LOOKS}
     cast = rng.normal(0, 1, 3)
-    cast = 0.1 * (cast - cast.mean()) / np.linalg.norm(cast - cast.mean())  # a tint: leaves the brightness alone
+    cast = 0.06 * (cast - cast.mean()) / np.linalg.norm(cast - cast.mean())  # a tint: leaves the brightness alone
     if domain == "target":
-        shares = {name: (0.75 - share) / 1.25 for name, share in shares.items()}
+        shares = {name: (0.7 - share) / 1.1 for name, share in shares.items()}
     return {"colours": colours, "shares": shares, "cast": cast, "target": domain == "target"}
 
 
@@ -404,7 +404,7 @@ def draw_street(rng, style, size):
         return (u, v + roll * (u - centre))
 
     def paint(name, shape, points, colour, z, **options):
-        fade = math.exp(-z * 0.02 * strength)  # what is far takes the colour of the haze
+        fade = math.exp(-z * 0.012 * strength)  # what is far takes the colour of the haze
         colour = tuple(int(c) for c in np.clip(colour * fade + haze * (1 - fade), 0, 255))
         getattr(ink, shape)(points, fill=colour, **options)
         if name is not None:  # None: decoration (windows, wheels, markings) that keeps the label beneath it
@@ -493,11 +493,11 @@ def draw_street(rng, style, size):
 
     # Things that stand and move, from far to near. Rare: lights, signs, riders, two-wheelers, buses.
     busy = 1.3 if target else 1.0
-    things = [("car", rng.uniform(4, 24), rng.choice([-1, 1])) for _ in range(rng.poisson(3 * busy))]
-    things += [("person", rng.uniform(4, 14), rng.choice([-1, 1])) for _ in range(rng.poisson(2.2 * busy))]
+    things = [("car", rng.uniform(4, 20), rng.choice([-1, 1])) for _ in range(rng.poisson(3 * busy))]
+    things += [("person", rng.uniform(3.5, 11), rng.choice([-1, 1])) for _ in range(rng.poisson(2.2 * busy))]
     things += [("bus", rng.uniform(7, 16), rng.choice([-1, 1])) for _ in range(rng.random() < 0.28)]
-    things += [("cycle", rng.uniform(4, 10), rng.choice([-1, 1])) for _ in range(rng.poisson(0.75 * busy))]
-    things += [("pole", rng.uniform(4, 14), rng.choice([-1, 1])) for _ in range(2 + rng.poisson(1.5))]
+    things += [("cycle", rng.uniform(3.5, 8), rng.choice([-1, 1])) for _ in range(rng.poisson(0.9 * busy))]
+    things += [("pole", rng.uniform(4, 11), rng.choice([-1, 1])) for _ in range(2 + rng.poisson(1.5))]
     for kind, z, side in sorted(things, key=lambda thing: -thing[1]):
         if kind == "car":
             shape, colour = look("car")
@@ -529,9 +529,9 @@ def draw_street(rng, style, size):
             _, colour = look("person")
             x = side * (rng.uniform(street, front) if rng.random() < 0.75 else rng.uniform(0, street))
             tall = rng.uniform(1.55, 1.9)
-            box("person", x, 0, z, 0.42, tall * 0.5, colour * 0.55)
-            box("person", x, tall * 0.42, z, 0.62, tall * 0.42, colour, "ellipse")
-            box("person", x, tall * 0.82, z, 0.3, tall * 0.2, np.array([200, 150, 120.0]), "ellipse")
+            box("person", x, 0, z, 0.55, tall * 0.5, colour * 0.55)
+            box("person", x, tall * 0.42, z, 0.8, tall * 0.42, colour, "ellipse")
+            box("person", x, tall * 0.82, z, 0.4, tall * 0.22, np.array([200, 150, 120.0]), "ellipse")
         elif kind == "cycle":
             name = "motorcycle" if rng.random() < 0.45 else "bicycle"
             _, colour = look(name)
@@ -553,19 +553,19 @@ def draw_street(rng, style, size):
         else:
             _, colour = look("pole")
             x, top = side * (street + 0.4), rng.uniform(4, 6)
-            box("pole", x, 0, z, 0.26, top, colour)
+            box("pole", x, 0, z, 0.36, top, colour)
             kind = rng.choice(["light", "sign", "lamp"], p=[0.35, 0.4, 0.25])
             if kind == "light":
                 _, housing = look("traffic light")
-                box("traffic light", x, 2.7, z, 0.75, 1.7, housing)
+                box("traffic light", x, 2.4, z, 1.0, 2.2, housing)
                 lit = rng.integers(3)
                 for lamp in range(3):
                     glow = np.array([[60, 220, 110], [250, 190, 50], [250, 60, 50.0]][lamp]) * (1.0 if lamp == lit else 0.3)
-                    box(None, x, 2.8 + 0.53 * lamp, z, 0.45, 0.45, glow, "ellipse")
+                    box(None, x, 2.5 + 0.7 * lamp, z, 0.6, 0.6, glow, "ellipse")
             elif kind == "sign":
                 shape, face = look("traffic sign")
-                box("traffic sign", x, 2.4, z, 1.15, 1.15, face, ("ellipse", "rectangle", "rectangle")[shape])
-                box(None, x, 2.75, z, 0.6, 0.42, np.array([240, 240, 235.0]) if shape < 2 else np.array([40, 40, 40.0]))
+                box("traffic sign", x, 2.2, z, 1.6, 1.6, face, ("ellipse", "rectangle", "rectangle")[shape])
+                box(None, x, 2.7, z, 0.8, 0.6, np.array([240, 240, 235.0]) if shape < 2 else np.array([40, 40, 40.0]))
 
     # The camera's part: texture, light, colour, optics, noise.
     label = np.array(label)[::smooth, ::smooth]
@@ -580,7 +580,7 @@ def draw_street(rng, style, size):
         picture *= np.array(soft, np.float32)[:, :, None] / 255
         picture = 255 * np.clip(picture / 255, 0, 1) ** (1 + 0.5 * strength * rng.uniform(-1, 1))  # exposure
         grey = picture.mean(2, keepdims=True)
-        picture = grey + (picture - grey) * (1 - 0.35 * strength)  # colours fade
+        picture = grey + (picture - grey) * (1 - 0.3 * strength)  # colours fade
         picture = 128 + (picture - 128) * (1 - 0.2 * strength)  # contrast falls
         picture = picture * (1 + style["cast"] * (0.4 + strength))  # the tint
         blurred = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6 * strength))
@@ -652,7 +652,7 @@ def mix_seed(*numbers):
 def training_batches(dataset, args, seed, start, stop):
     """Iterator over the batches of the steps start..stop-1, decoded by args.workers processes."""
     return iter(DataLoader(Batches(dataset, args.batch_size, seed), batch_size=None, sampler=range(start, stop),
-                           num_workers=args.workers, pin_memory=args.device == "cuda"))
+                           num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator()))
 
 
 def evaluation_loader(dataset, args):
@@ -747,20 +747,25 @@ def freeze_batch_norm(model):
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model, loader, device, precision="fp32"):
-    """Replaces every batch norm's running statistics by their averages over the loader's images; no label is used.
+def adapt_batch_norm(model, args, images=400):
+    """Replaces live batch norms' running statistics by their averages over augmented target training images.
 
-    The simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779), and one that a method with live batch norm
-    gets for free: a comparison without it would credit the method with it.
+    Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779), and a comparison without it
+    would credit a method that trains with live batch norm with it. The images are augmented as in training, because
+    statistics of clean images do not fit weights that were trained on augmented ones. Frozen norms stay as they are.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad]
+    if not norms:
+        return
+    augment = training_augment(args.size, args.crop, args.scale_jitter)
+    steps = math.ceil(images / args.batch_size)
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # cumulative average
-        module.train()
-    for batch in loader:
-        with autocast(device, precision):
-            model(batch["image"].to(device))
+    model.train()
+    for batch in training_batches(target_dataset(args, "train", augment), args, seed=0, start=0, stop=steps):
+        with autocast(args.device, args.precision):
+            model(batch["image"].to(args.device, memory_format=torch.channels_last))
     for module in norms:
         module.momentum = 0.1
     model.eval()
@@ -842,20 +847,20 @@ def evaluate(model, loader, num_classes, device, precision="fp32", scales=(1.0,)
     return metric
 
 
-def evaluate_target(model, args, **options):
-    """`scores` of a model on the target's validation split, labels at full resolution."""
+def evaluate_target(model, args, split="val", **options):
+    """`scores` of a model on a split of the target, labels at full resolution; options as for `evaluate`."""
     classes = task_classes(args.source)
-    loader = evaluation_loader(target_dataset(args, "val", full_label=True), args)
+    loader = evaluation_loader(target_dataset(args, split, labelled=True, full_label=True), args)
     return scores(evaluate(model, loader, len(classes), args.device, args.precision, **options), classes)
 
 
 def evaluate_source_only(model, args):
     """Table columns of a source-only model: as it is, and with batch-norm statistics re-estimated on the target."""
-    columns = {"source only": evaluate_target(model, args)}
+    columns, adapted = {"source only": evaluate_target(model, args)}, copy.deepcopy(model)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        adapted = copy.deepcopy(model)
-        loader = evaluation_loader(target_dataset(args, "train"), args)
-        reestimate_batch_norm(adapted, loader, args.device, args.precision)
+        for parameter in adapted.parameters():
+            parameter.requires_grad_(True)  # so that frozen norms take part
+        adapt_batch_norm(adapted, args)
         columns["+ BN target"] = evaluate_target(adapted, args)
     return columns
 
@@ -914,9 +919,9 @@ def draw_panel(path, titles, rows, width=320):
     sheet.save(path)
 
 
-def comparison_panel(path, models, args, scenes=4):
-    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of the target's val split."""
-    dataset, classes, rows = target_dataset(args, "val"), task_classes(args.source), []
+def comparison_panel(path, models, args, split="val", scenes=4):
+    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
+    dataset, classes, rows = target_dataset(args, split, labelled=True), task_classes(args.source), []
     for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
         item = dataset[index]
         row = [to_picture(item["image"]), colour_label(item["label"], classes)]
@@ -971,8 +976,10 @@ def shared_parser(doc):
         help="size to which source images are resized; --size, where only that is given")
     add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
         help="random crop on which the network is trained; --size, where only that is given")
-    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source((0.8, 1.5), (0.5, 1.5)),
+    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source((1.0, 1.5), (0.5, 1.5)),
         help="range of the random scale in training")
+    add("--optimizer", choices=("sgd", "adamw"), default=by_source("adamw", "sgd"),
+        help="SGD as in the papers; AdamW learns faster from random weights")
     add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
     add("--batch-size", type=int, metavar="N", default=by_source(4, 2),
@@ -1081,7 +1088,7 @@ class Run:
         settings = {"method": method, **vars(args)}
         saved = self.folder / "args.json"
         free = ("resume", "out", "device", "workers", "log_every", "save_every", "data_root")  # may change on resuming
-        if saved.exists() and not args.resume:
+        if any(self.folder.glob("*.pt")) and not args.resume:
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if args.resume:
             if not saved.exists():
@@ -1094,6 +1101,8 @@ class Run:
             self.seconds_before = last_seconds(self.folder / "log.jsonl")
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not args.resume:  # of a run that ended before its first checkpoint
+                (self.folder / "log.jsonl").unlink(missing_ok=True)
             write_atomically(saved, lambda path: path.write_text(json.dumps(settings, indent=1)))
             print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
         signal.signal(signal.SIGINT, self.interrupt)

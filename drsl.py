@@ -270,16 +270,26 @@ def kmeans_modes(e, labels, representatives, iterations=10):
     return R
 
 
-def balanced_pixels(labels, limit, generator=None):
-    """Indices (n,) into the flattened labels (N, h, w): at most `limit` random valid pixels per class and image."""
-    N = len(labels)
-    image = torch.arange(N, device=labels.device).view(N, 1, 1)
-    group = torch.where(labels == common.IGNORE, 256 * N, image * 256 + labels).flatten()  # invalid pixels come last
-    order = torch.rand(len(group), generator=generator, device=labels.device).argsort()
+def as_pixels(maps):
+    """(N, E, h, w) -> (N h w, E): the order in which labels (N, h, w) flatten."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def balanced_pixels(maps, label, limit, generator=None):
+    """At most `limit` random valid pixels per class and image, so that road and building do not dominate [U].
+
+    maps (N, E, h, w), label (N, H, W), brought to the grid by nearest neighbour -> embeddings (n, E), labels (n,).
+    """
+    N = len(label)
+    label = F.interpolate(label[:, None].float(), size=maps.shape[2:], mode="nearest")[:, 0].long()  # (N, h, w)
+    image = torch.arange(N, device=label.device).view(N, 1, 1)
+    group = torch.where(label == common.IGNORE, 256 * N, image * 256 + label).flatten()  # ignored pixels come last
+    order = torch.rand(len(group), generator=generator, device=label.device).argsort()
     order = order[group[order].argsort(stable=True)]  # shuffled, then sorted by group
     group = group[order]
-    place = torch.arange(len(group), device=labels.device) - torch.searchsorted(group, group)  # inside its own group
-    return order[(place < limit) & (group < 256 * N)]
+    place = torch.arange(len(group), device=label.device) - torch.searchsorted(group, group)  # inside its own group
+    pick = order[(place < limit) & (group < 256 * N)]  # (n,)
+    return as_pixels(maps)[pick], label.flatten()[pick]
 
 
 # =================================================== the training ===================================================
@@ -301,10 +311,12 @@ def poly_lr(base, step, steps, power):
     return base * (1 - step / steps) ** power
 
 
-def make_optimizer(model, head_lr):
-    """SGD, momentum 0.9, weight decay 5e-4; `scale` remembers that the classifier learns `head_lr` times faster."""
+def make_optimizer(model, args):
+    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
-              {"params": list(model.classifier.parameters()), "scale": head_lr}]
+              {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
@@ -316,7 +328,7 @@ def set_lr(optimizer, lr):
 
 def train_source(model, dataset, args, run, file, steps, lr):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args.head_lr), 0
+    optimizer, start = make_optimizer(model, args), 0
     if args.resume and (run.folder / file).exists():
         saved = common.read_checkpoint(run.folder / file)
         model.load_state_dict(saved["model"])
@@ -339,16 +351,6 @@ def train_source(model, dataset, args, run, file, steps, lr):
             run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
     model.eval()
 # --- end ---
-
-
-def as_pixels(maps):
-    """(N, E, h, w) -> (N h w, E): the order in which labels (N, h, w) flatten."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def to_grid(label, grid):
-    """Labels (N, H, W) on the feature grid (N, h, w): nearest, never interpolated."""
-    return F.interpolate(label[:, None].float(), size=grid, mode="nearest")[:, 0].long()
 
 
 def mode_loss(d2, labels, args):
@@ -375,9 +377,8 @@ def train_modes(model, head, dataset, args, run):
             features, logits = model(image)
         with common.autocast(args.device, args.precision):
             e = head(features)  # (N, E, h, w)
-        label_grid = to_grid(label, e.shape[2:])
-        pick = balanced_pixels(label_grid, args.pixels, generator_for(args, 2, step))
-        mm = mode_loss(head.squared_distances(as_pixels(e)[pick]), label_grid.flatten()[pick], args)
+        e, y = balanced_pixels(e, label, args.pixels, generator_for(args, 2, step))  # (n, E), (n,)
+        mm = mode_loss(head.squared_distances(e), y, args)
         loss = args.lambda_mm * mm + (segmentation_loss(logits, label) if joint else 0)
         descend(loss, optimizer, model, head)
         run.watch("modes", step, steps, mm=mm, loss=loss)
@@ -398,11 +399,10 @@ def place_modes(model, head, args, images=400, per_class=2000):
     for batch in torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
-            e = as_pixels(head(model(image)[0]))  # (N h w, E)
-        label_grid = to_grid(label, (image.shape[2] // 8, image.shape[3] // 8))
-        pick = balanced_pixels(label_grid, share, generator_for(args, 3, len(es)))
-        es.append(e[pick])
-        labels.append(label_grid.flatten()[pick])
+            e = head(model(image)[0])  # (N, E, h, w)
+        e, y = balanced_pixels(e, label, share, generator_for(args, 3, len(es)))  # (n, E), (n,)
+        es.append(e)
+        labels.append(y)
     head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
 
 
@@ -420,7 +420,7 @@ def label_target(model, args, run, folder, portion):
     def probabilities():
         for batch in loader:
             image = batch["image"].to(args.device, memory_format=torch.channels_last)
-            yield batch, common.predict(model, image, image.shape[2:], args.precision)  # (N, C, H, W)
+            yield batch, common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, C, H, W)
 
     confidence, label = [], []
     for _, prob in probabilities():
@@ -447,9 +447,9 @@ def label_target(model, args, run, folder, portion):
 
 def make_optimizer_with_modes(model, head, args):
     """The shared groups plus the head's layers and, without weight decay because they are normalised on use, R."""
-    optimizer = make_optimizer(model, args.head_lr)
-    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 10.0})
-    optimizer.add_param_group({"params": [head.representatives], "scale": 10.0, "weight_decay": 0.0})
+    optimizer = make_optimizer(model, args)
+    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": args.head_lr})
+    optimizer.add_param_group({"params": [head.representatives], "scale": args.head_lr, "weight_decay": 0.0})
     return optimizer
 
 
@@ -487,12 +487,12 @@ def parse_args():
     add = parser.add_argument
     add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
     add("--warmup-iterations", type=int, metavar="T", default=common.by_source(600, 60000), help="steps of source-only training")
-    add("--warmup-lr", type=float, metavar="X", default=common.by_source(0.03, 2.5e-4), help="its base learning rate")
+    add("--warmup-lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="its base learning rate")
     add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
     add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
     add("--rounds", type=int, metavar="N", default=common.by_source(3, 4), help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=int, metavar="T", default=common.by_source(450, 12000), help="adaptation steps, all rounds together")
-    add("--lr", type=float, metavar="X", default=common.by_source(0.01, 5e-5), help="base learning rate of the adaptation [F]")
+    add("--lr", type=float, metavar="X", default=common.by_source(3e-4, 5e-5), help="base learning rate of the adaptation [F]")
     add("--power", type=float, metavar="X", default=common.by_source(0.9, 0.0), help="poly decay of it over all rounds; CRST: 0 [F]")
     add("--portion", type=float, metavar="p_0", default=common.by_source(0.5, 0.2), help="kept share of each predicted class, first round [F]")
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
@@ -547,6 +547,7 @@ def main():
         labels = run.folder / "pseudo_labels" / f"round{r + 1}"
         if done <= first:  # a new round: labels by the present network, and a fresh optimizer
             done = first
+            common.adapt_batch_norm(model, args)
             portion = min(args.portion + r * args.portion_step, args.portion_max)  # DRSL-16
             run.log(f"round {r + 1}", **label_target(model, args, run, labels, portion))
             optimizer = make_optimizer_with_modes(model, head, args)
@@ -559,21 +560,16 @@ def main():
             x_s, y_s = common.to_device(batch_s, args.device)
             x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
             with common.autocast(args.device, args.precision):
-                features, logits = model(torch.cat([x_s, x_t]))  # (2N, D, h, w), (2N, C, h, w)
-            losses = {"ce_s": segmentation_loss(logits[: len(x_s)], y_s),  # DRSL-1
-                      "ce_t": segmentation_loss(logits[len(x_s):], y_t)}  # DRSL-2
+                (features_s, logits_s), (features_t, logits_t) = model(x_s), model(x_t)  # (N, D, h, w), (N, C, h, w)
+            losses = {"ce_s": segmentation_loss(logits_s, y_s), "ce_t": segmentation_loss(logits_t, y_t)}  # DRSL-1, DRSL-2
             loss = losses["ce_s"] + args.lambda_t * losses["ce_t"]
 
             if use_modes:
                 with common.autocast(args.device, args.precision):
-                    e = head(features)  # (2N, E, h, w)
+                    e_s, e_t = head(features_s), head(features_t)  # (N, E, h, w)
                 generator = generator_for(args, 6, done)
-                pixels = []
-                for maps, y in ((e[: len(x_s)], y_s), (e[len(x_s):], y_t)):
-                    y = to_grid(y, e.shape[2:])
-                    pick = balanced_pixels(y, args.pixels, generator)
-                    pixels.append((as_pixels(maps)[pick], y.flatten()[pick]))
-                (e_s, y_s), (e_t, y_t) = pixels  # (n, E), (n,)
+                e_s, y_s = balanced_pixels(e_s, y_s, args.pixels, generator)  # (n, E), (n,)
+                e_t, y_t = balanced_pixels(e_t, y_t, args.pixels, generator)
                 d2_s, d2_t = head.squared_distances(e_s), head.squared_distances(e_t)  # (n, C, K)
                 losses["mm_s"], losses["mm_t"] = mode_loss(d2_s, y_s, args), mode_loss(d2_t, y_t, args)  # DRSL-7
                 if args.assignment == "hard":  # DRSL-8
@@ -590,6 +586,8 @@ def main():
                 run.save("last.pt", pack_training(model, head, optimizer, args, step=done))
 
     # Step 4: both models on the target's validation split.
+    common.adapt_batch_norm(model, args)
+    run.save("last.pt", pack_training(model, head, optimizer, args, step=done))
     source_model = common.unpack_model(common.read_checkpoint(run.folder / "source_only.pt"), "source_only.pt").to(args.device)
     columns = {**common.evaluate_source_only(source_model, args), "DRSL": common.evaluate_target(model, args)}
     run.finish(columns)

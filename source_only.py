@@ -55,10 +55,12 @@ def poly_lr(base, step, steps, power):
     return base * (1 - step / steps) ** power
 
 
-def make_optimizer(model, head_lr):
-    """SGD, momentum 0.9, weight decay 5e-4; `scale` remembers that the classifier learns `head_lr` times faster."""
+def make_optimizer(model, args):
+    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
-              {"params": list(model.classifier.parameters()), "scale": head_lr}]
+              {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
@@ -70,7 +72,7 @@ def set_lr(optimizer, lr):
 
 def train_source(model, dataset, args, run, file, steps, lr):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args.head_lr), 0
+    optimizer, start = make_optimizer(model, args), 0
     if args.resume and (run.folder / file).exists():
         saved = common.read_checkpoint(run.folder / file)
         model.load_state_dict(saved["model"])
@@ -99,7 +101,7 @@ def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
     add("--iterations", type=int, metavar="T", default=common.by_source(600, 60000), help="training steps")
-    add("--lr", type=float, metavar="X", default=common.by_source(0.03, 2.5e-4), help="base learning rate lr_0; the head's is ten times it")
+    add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is ten times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)
 

@@ -3,17 +3,26 @@
 Property names such as P-M1 count through what a mode head on the unit sphere must obey; the numbers are closed forms.
 """
 
+import json
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from trees import write_cityscapes, write_gta5, write_synthia
 
+import common
 import drsl
 from drsl import (ModeHead, assign_modes, balanced_pixels, class_thresholds, draw_modes, kmeans_modes, margin_loss,
                   mode_cross_entropy, pseudo_labels, segmentation_loss, stochastic_mode_alignment)
 
 C, K, E = 19, 3, 256
+STREETS = PROJECT.parent / "shared/data/streets"
 
 
 def unit(*shape, seed=0):
@@ -56,11 +65,6 @@ def test_head_gives_unit_embeddings_and_the_distances_of_the_definition():
 def test_pixels_and_labels_flatten_in_the_same_order():
     maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()
     assert drsl.as_pixels(maps)[1 * 20 + 2 * 5 + 3].tolist() == maps[1, :, 2, 3].tolist()
-
-
-def test_labels_reach_the_grid_by_nearest_neighbour():
-    label = torch.arange(16 * 24).view(1, 16, 24) % 250
-    assert torch.equal(drsl.to_grid(label, (2, 3)), label[:, ::8, ::8])
 
 
 # ----------------------------------------------------- margin loss -----------------------------------------------------
@@ -489,14 +493,140 @@ def test_kmeans_with_fewer_distinct_pixels_than_modes():
 
 
 def test_balanced_pixels():
+    """The map's only channel numbers its positions, so that the picked embeddings tell where they came from."""
     label = torch.tensor([0] * 30 + [1] * 5 + [255] * 5).view(1, 5, 8).repeat(3, 1, 1)
     label[2] = 255
-    pick = balanced_pixels(label, 7)
-    picked = label.flatten()[pick]
-    assert len(set(pick.tolist())) == len(pick) == 2 * (7 + 5)
+    maps = torch.arange(3.0 * 40).view(3, 1, 5, 8)
+    e, y = balanced_pixels(maps, label, 7)
+    where = e[:, 0].long()
+    assert e.shape == (24, 1) and len(set(where.tolist())) == len(y) == 2 * (7 + 5)
+    assert torch.equal(label.flatten()[where], y)
     for image in range(2):
-        mine = picked[pick // 40 == image]
-        assert (mine == 0).sum() == 7 and (mine == 1).sum() == 5
-    assert len(balanced_pixels(torch.full((1, 2, 2), 255), 7)) == 0
-    often = torch.stack([torch.bincount(balanced_pixels(label[:1], 7), minlength=40) for _ in range(300)]).float().mean(0)
+        assert torch.bincount(y[where // 40 == image]).tolist() == [7, 5]
+    assert balanced_pixels(maps[2:], label[2:], 7)[0].shape == (0, 1)
+    picks = [balanced_pixels(maps[:1], label[:1], 7)[0][:, 0].long() for _ in range(300)]
+    often = torch.stack([torch.bincount(pick, minlength=40) for pick in picks]).float().mean(0)
     assert often[:30].min() > 0.1 and often[:30].max() < 0.4  # each road pixel about 7 times in 30: no favourites
+
+
+def test_labels_reach_the_grid_by_nearest_neighbour():
+    label = torch.arange(16 * 24).view(1, 16, 24) % 250
+    e, y = balanced_pixels(torch.arange(6.0).view(1, 1, 2, 3), label, 9)
+    assert torch.equal(y, label[0, ::8, ::8].flatten()[e[:, 0].long()])
+
+
+# -------------------------------------------------------- the script --------------------------------------------------------
+
+FEW = [*TINY, "--warmup-iterations", 2, "--head-iterations", 2, "--joint-iterations", 1, "--rounds", 2, "--iterations", 4]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A source-only checkpoint of the tiny toy that the script tests start from."""
+    folder = tmp_path_factory.mktemp("start")
+    run(folder, "source_only.py", *TINY, "--iterations", 2, "--out", "run")
+    return folder / "run/last.pt"
+
+
+def test_one_command_runs_all_stages(tmp_path):
+    out = run(tmp_path, "drsl.py", *FEW)
+    folder = tmp_path / "runs/drsl-toy-s0"
+    assert {"args.json", "log.jsonl", "source_only.pt", "modes.pt", "last.pt", "panel.png", "result.json"} <= {
+        p.name for p in folder.iterdir()}
+    assert list(result(folder)["columns"]) == ["source only", "+ BN target", "DRSL"]
+    assert "source only" in out and "DRSL" in out and "motorcycle" in out
+    rounds = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"round' in line]
+    assert [r["portion"] for r in rounds] == sorted(r["portion"] for r in rounds) and len(rounds) == 2
+    assert all(0 < r["kept"] <= 1 and 0 <= r["accuracy"] <= 1 for r in rounds)
+    files = sorted((folder / "pseudo_labels/round1").iterdir())
+    assert len(files) == 400 and common.read_label(files[0]).shape == (32, 64)
+    panel = Image.open(folder / "panel.png")
+    assert panel.width > 4 * 300  # image | truth | source only | DRSL
+
+
+def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start):
+    run(tmp_path, "drsl.py", *FEW, "--out", "here")
+    run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "given")
+    assert same_weights(start, tmp_path / "here/source_only.pt") and same_weights(start, tmp_path / "given/source_only.pt")
+    assert same_weights(tmp_path / "here/last.pt", tmp_path / "given/last.pt")
+
+
+@pytest.mark.parametrize("stage, lines", [("source", 1), ("modes", 1), ("round 1", 1), ("adapt", 1), ("adapt", 3)])
+def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, lines, uninterrupted):
+    arguments = ["drsl.py", *FEW, "--save-every", 1, "--out", "cut"]
+    kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments)
+    run(tmp_path, *arguments, "--resume")
+    for name in ("source_only.pt", "modes.pt", "last.pt"):
+        assert same_weights(tmp_path / "cut" / name, uninterrupted / name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, "drsl.py", *FEW, "--out", "run")
+    return folder / "run"
+
+
+def test_ctrl_c_and_resume(tmp_path, uninterrupted):
+    arguments = ["drsl.py", *FEW, "--save-every", 100, "--out", "cut"]
+    code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", "adapt", 1), *arguments, with_signal=signal.SIGINT)
+    assert code == 1 and "--resume" in errors and "Traceback" not in errors
+    run(tmp_path, *arguments, "--resume")
+    assert same_weights(tmp_path / "cut/last.pt", uninterrupted / "last.pt")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--lambda-mm", 0, "--lambda-sma", 0], ["--lambda-sma", 0], ["--lambda-mm", 0], ["--assignment", "stochastic"],
+    ["--alignment", "triplet"], ["--alignment", "centroid"], ["--stop-gradient"], ["--posterior", "max", "--sigma", 0.5],
+    ["--modes", 1], ["--freeze-bn"], ["--precision", "bf16"], ["--head-iterations", 0, "--joint-iterations", 0],
+])
+def test_every_alternative_runs(tmp_path, start, flags):
+    run(tmp_path, "drsl.py", *FEW, "--iterations", 2, "--init", start, *flags, "--out", "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    plain = flags == ["--lambda-mm", 0, "--lambda-sma", 0]
+    assert ("sma" in lines[-1]) != plain and (tmp_path / "run/modes.pt").exists() != plain
+
+
+def test_real_formats_from_start_to_end(tmp_path):
+    write_synthia(tmp_path)
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
+        path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
+    for source, classes in (("synthia", 16), ("gta5", 19)):
+        run(tmp_path, "drsl.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
+            "--workers", 1, *FEW)
+        scores = result(tmp_path / f"runs/drsl-{source}-s0")
+        assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, start):
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW]
+    message = run(tmp_path, "drsl.py", *real, "--init", start, ok=False)
+    assert "last.pt" in message and "16 classes" in message and "19" in message
+    message = run(tmp_path, "drsl.py", *FEW, "--backbone", "resnet50", "--init", start, ok=False)
+    assert "resnet18" in message and "resnet50" in message
+    assert "gone.pt" in run(tmp_path, "drsl.py", *FEW, "--init", "gone.pt", ok=False)
+
+
+@pytest.mark.skipif(not STREETS.exists(), reason=f"needs the photographs of {STREETS.name}, which are not part of the project")
+def test_real_photographs(tmp_path):
+    run(tmp_path, "drsl.py", "--source", "synthia", "--data-root", STREETS, "--backbone", "resnet18", "--backbone-weights", "none",
+        "--workers", 0, *FEW)
+    scores = result(tmp_path / "runs/drsl-synthia-s0")
+    assert sum(value is not None for value in scores["iou"].values()) >= 7
+
+
+def test_two_processes_share_one_run(tmp_path, start):
+    """torchrun with two CPU processes: the batch is split, one process writes, both agree on the result."""
+    arguments = [*FEW, "--init", start, "--freeze-bn", "--precision", "fp32"]
+    run(tmp_path, "drsl.py", *arguments, "--out", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                    *command("drsl.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert one["columns"]["source only"]["iou"] == two["columns"]["source only"]["iou"]
+    first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-4]) for name in ("one", "two")]
+    assert len((tmp_path / "one/log.jsonl").read_text().splitlines()) == len((tmp_path / "two/log.jsonl").read_text().splitlines())
+    assert len(list((tmp_path / "two/pseudo_labels/round1").iterdir())) == 400 and first[0]["stage"] == first[1]["stage"]

@@ -1,0 +1,106 @@
+"""Scores, compares, draws and exports checkpoints of any method.
+
+    python evaluate.py runs/source_only-toy-s0/last.pt runs/drsl-toy-s0/last.pt --panel compare.png
+    python evaluate.py CKPT --data-root DIR --scales 0.75 1.0 1.25 --flip
+    python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
+
+One table: classes down, checkpoints across, then mIoU (the mean over the classes that occur in the labels) and, for
+models of the 16 SYNTHIA classes, also the mean over 13. Source, size and classes come from the checkpoint. Images go in
+at that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole split. Several
+scales and mirror images are averaged as probabilities; the numbers of this project are single-scale.
+
+`--export DIR` writes two folders, because the official evaluator accepts one file per image in the folder it searches:
+
+    DIR/labelIds/CITY_SEQUENCE_FRAME_pred_labelIds.png    Cityscapes labelIds at label resolution: CITYSCAPES_RESULTS
+    DIR/color/CITY_SEQUENCE_FRAME_pred_color.png          the same in the official colours
+
+With several checkpoints each gets such a pair in a folder of its own.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+
+
+def titles_of(paths):
+    """A short distinct name per checkpoint: the file's stem, or with parent folders where stems repeat."""
+    for depth in range(1, 1 + max(len(path.parts) for path in paths)):
+        titles = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(titles)) == len(titles) and "last" not in titles:
+            break
+    return titles
+
+
+def exporter(folder, classes):
+    """A function (names, predictions (N, H, W)) that writes labelId and colour PNGs below `folder`."""
+    ids = np.array(common.label_ids(classes), np.uint8)
+    for kind in ("labelIds", "color"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+
+    def export(names, predictions):
+        for name, prediction in zip(names, predictions.cpu().numpy()):
+            Image.fromarray(ids[prediction]).save(folder / "labelIds" / f"{name}_pred_labelIds.png")
+            common.colour_label(prediction, classes).save(folder / "color" / f"{name}_pred_color.png")
+
+    return export
+
+
+def positive(text):
+    """argparse type: a number above zero."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", type=Path, help="checkpoints of any method, scored in this order")
+    add("--data-root", metavar="DIR", help="holds cityscapes/; the toy world needs none")
+    add("--split", choices=("train", "val"), default="val", help="of the target; its labels are opened either way")
+    add("--size", type=common.height_width, metavar="HxW", help="input size; None means the checkpoint's")
+    add("--scales", type=positive, nargs="+", default=[1.0], metavar="X", help="input scales to average over")
+    add("--flip", action="store_true", help="average with the mirror image")
+    add("--panel", metavar="FILE.png", help="draw image | truth | one column per checkpoint")
+    add("--export", type=Path, metavar="DIR", help="write the predictions as PNGs")
+    add("--json", metavar="FILE", help="write the table as JSON")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--precision", choices=("fp32", "bf16"), default=common.default_precision(), help="of the network")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read images")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    columns, models, tasks = {}, {}, []
+    for path, title in zip(args.checkpoints, titles_of(args.checkpoints)):
+        checkpoint = common.read_checkpoint(path)
+        model = common.unpack_model(checkpoint, path).to(args.device, memory_format=torch.channels_last)
+        task = argparse.Namespace(**vars(args))
+        task.source, task.toy_world = checkpoint["source"], checkpoint["toy_world"]
+        task.size = args.size or tuple(checkpoint["size"])
+        visit = None
+        if args.export is not None:
+            folder = args.export / title.replace("/", "-") if len(args.checkpoints) > 1 else args.export
+            visit = exporter(folder, checkpoint["classes"])
+        columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
+        models[title] = model
+        tasks.append(task)
+    print(common.score_table(columns))
+    if args.json:
+        common.write_atomically(Path(args.json), lambda path: path.write_text(json.dumps(columns, indent=1)))
+    if args.panel:
+        if len({(task.source, task.toy_world, task.size) for task in tasks}) > 1:
+            raise common.InputError("--panel needs checkpoints of one source, toy world and size")
+        common.comparison_panel(args.panel, models, tasks[0], args.split)
+
+
+if __name__ == "__main__":
+    common.run(main)

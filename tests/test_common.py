@@ -1,0 +1,504 @@
+"""common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from trees import blocks, picture, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
+
+import common
+from common import CLASSES, SYNTHIA_13, SYNTHIA_16, Cityscapes, DeepLabV2, GTA5, InputError, MeanIoU, Synthia, ToyStreets
+
+
+# ------------------------------------------------------- classes -------------------------------------------------------
+
+
+def test_tasks():
+    assert len(CLASSES) == 19 and CLASSES[0] == "road" and CLASSES[18] == "bicycle"
+    assert set(CLASSES) - set(SYNTHIA_16) == {"terrain", "truck", "train"} and len(SYNTHIA_16) == 16
+    assert set(SYNTHIA_16) - set(SYNTHIA_13) == {"wall", "fence", "pole"} and len(SYNTHIA_13) == 13
+    assert [len(common.task_classes(s)) for s in ("gta5", "synthia", "toy")] == [19, 16, 16]
+
+
+def test_id_tables_are_those_of_the_data_sets():
+    cityscapes = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
+                  28: 15, 31: 16, 32: 17, 33: 18}
+    synthia = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 10, 17: 11, 8: 12, 19: 13, 12: 14, 11: 15}
+    for table, known in ((common.id_table(CLASSES, 0), cityscapes), (common.id_table(SYNTHIA_16, 1), synthia)):
+        assert [table[i] for i in range(256)] == [known.get(i, 255) for i in range(256)]
+    assert common.label_ids(SYNTHIA_16)[-3:] == [28, 32, 33]
+    assert common.palette(CLASSES)[13].tolist() == [0, 0, 142] and common.palette(SYNTHIA_16)[255].tolist() == [0, 0, 0]
+
+
+# ------------------------------------------------------- formats -------------------------------------------------------
+
+
+@pytest.mark.parametrize("filters", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)])
+def test_synthia_labels_are_read_from_16_bits(tmp_path, filters):
+    pixels = np.random.default_rng(0).integers(0, 65536, (11, 7, 3)).astype(np.uint16)
+    pixels[:, :, 0] %= 23
+    write_png16(tmp_path / "label.png", pixels, filters)
+    assert np.array_equal(common.read_synthia_label(tmp_path / "label.png"), pixels[:, :, 0])
+    assert common.read_synthia_label(tmp_path / "label.png").dtype == np.uint8
+    assert np.array(Image.open(tmp_path / "label.png"))[:, :, 0].max() == 0  # what Pillow alone makes of it
+
+
+def test_synthia_reader_refuses_8_bit_files(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "label.png")
+    with pytest.raises(InputError, match="label.png.*16-bit"):
+        common.read_synthia_label(tmp_path / "label.png")
+
+
+def test_synthia(tmp_path):
+    write_synthia(tmp_path)
+    data = Synthia(tmp_path)
+    item = data[0]
+    assert len(data) == 4 and item["name"] == "0000000"
+    assert item["image"].shape == (3, 48, 80) and item["image"].dtype == torch.float32  # alpha dropped
+    assert item["label"].shape == (48, 80) and item["label"].dtype == torch.int64
+    raw = common.read_synthia_label(tmp_path / "RAND_CITYSCAPES/GT/LABELS/0000000.png")
+    for index, raw_id in ((0, 3), (1, 4), (2, 2), (9, 1), (10, 10), (12, 8)):
+        assert np.array_equal(item["label"].numpy() == index, raw == raw_id)
+    assert np.array_equal(item["label"].numpy() == 255, np.isin(raw, [0, 16, 22]))  # void, terrain, lane marking
+    assert Synthia(tmp_path, size=(24, 40))[1]["label"].shape == (24, 40)
+
+
+def test_gta5_reads_the_palette_index(tmp_path):
+    write_gta5(tmp_path)
+    item = GTA5(tmp_path)[2]
+    raw = np.array(Image.open(tmp_path / "GTA5/labels/00003.png"))
+    assert item["name"] == "00003" and item["image"].shape == (3, 48, 80)
+    for index, raw_id in ((0, 7), (1, 8), (2, 11), (8, 21), (10, 23), (13, 26)):
+        assert np.array_equal(item["label"].numpy() == index, raw == raw_id)
+    assert np.array_equal(item["label"].numpy() == 255, np.isin(raw, [0, 34, 35]))
+
+
+def test_gta5_pair_of_different_sizes(tmp_path):
+    write_gta5(tmp_path, count=1)
+    write_palette(tmp_path / "GTA5/labels/00001.png", blocks([7, 8], (46, 78), np.random.default_rng(0)))
+    item = GTA5(tmp_path, size=(32, 64))[0]
+    assert item["label"].shape == item["image"].shape[1:] == (32, 64)
+    with pytest.raises(InputError, match="00001.png.*80, 48.*78, 46"):
+        GTA5(tmp_path)[0]
+
+
+def test_cityscapes(tmp_path):
+    write_cityscapes(tmp_path)
+    data = Cityscapes(tmp_path, "val", size=(32, 64))
+    item = data[0]
+    assert len(data) == 6 and item["name"] == "aachen_000000_000019"
+    assert item["image"].shape == (3, 32, 64) and item["label"].shape == (32, 64)
+    full = Cityscapes(tmp_path, "val", size=(32, 64), full_label=True)[0]
+    raw = np.array(Image.open(tmp_path / "cityscapes/gtFine/val/aachen/aachen_000000_000019_gtFine_labelIds.png"))
+    assert full["image"].shape == (3, 32, 64) and full["label"].shape == raw.shape
+    assert np.array_equal(full["label"].numpy() == 13, raw == 26) and np.array_equal(full["label"].numpy() == 255, raw < 7)
+    sixteen = Cityscapes(tmp_path, "val", classes=SYNTHIA_16)[0]["label"].numpy()
+    assert np.array_equal(sixteen == SYNTHIA_16.index("car"), raw == 26)
+
+
+def test_target_train_labels_stay_closed(tmp_path):
+    write_cityscapes(tmp_path)
+    for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
+        path.write_bytes(b"not a label")
+    assert "label" not in Cityscapes(tmp_path, "train")[0]
+    with pytest.raises(InputError, match="gtFine_labelIds.png"):
+        Cityscapes(tmp_path, "train", labelled=True)[0]
+    assert "label" not in ToyStreets("target", "train")[0]
+    assert "label" in ToyStreets("target", "train", labelled=True)[0] and "label" in ToyStreets("target", "val")[0]
+
+
+def test_images_are_normalised_for_torchvision_weights(tmp_path):
+    (tmp_path / "GTA5/images").mkdir(parents=True)
+    (tmp_path / "GTA5/labels").mkdir()
+    Image.new("RGB", (2, 2), (255, 0, 51)).save(tmp_path / "GTA5/images/1.png")
+    write_palette(tmp_path / "GTA5/labels/1.png", np.full((2, 2), 7))
+    image = GTA5(tmp_path)[0]["image"]
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor(expected))
+    assert common.to_picture(image).getpixel((0, 0)) == (255, 0, 51)
+
+
+def test_lower_case_folders_are_found(tmp_path):
+    write_gta5(tmp_path)
+    (tmp_path / "GTA5").rename(tmp_path / "gta5")
+    assert len(GTA5(tmp_path)) == 4
+
+
+def test_stored_labels_replace_the_truth(tmp_path):
+    write_cityscapes(tmp_path)
+    label = np.random.default_rng(0).integers(0, 16, (64, 128)).astype(np.uint8)
+    label[:9] = 255
+    common.write_label(tmp_path / "aachen_000000_000019.png", label, SYNTHIA_16)
+    item = Cityscapes(tmp_path, "train", label_dir=tmp_path)[0]
+    assert np.array_equal(item["label"].numpy(), label)
+    with pytest.raises(InputError, match="aachen_000001_000019.png"):
+        Cityscapes(tmp_path, "train", label_dir=tmp_path)[1]
+
+
+# ------------------------------------------------------ bad input ------------------------------------------------------
+
+
+def test_bad_input_is_one_line_that_names_the_file(tmp_path):
+    def message(make):
+        with pytest.raises(InputError) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "--data-root" in message(lambda: GTA5(None))
+    assert "GTA5" in message(lambda: GTA5(tmp_path))
+    assert "cityscapes" in message(lambda: Cityscapes(tmp_path, "val"))
+    write_synthia(tmp_path)
+    label = tmp_path / "RAND_CITYSCAPES/GT/LABELS/0000002.png"
+    label.rename(tmp_path / "gone.png")
+    assert all(part in message(lambda: Synthia(tmp_path)) for part in ("0000002.png", "without label", "1 of 4"))
+    label.write_bytes((tmp_path / "gone.png").read_bytes()[:-60])
+    assert "0000002.png" in message(lambda: Synthia(tmp_path)[2])
+    image = tmp_path / "RAND_CITYSCAPES/RGB/0000001.png"
+    image.write_bytes(image.read_bytes()[:200])
+    assert "0000001.png" in message(lambda: Synthia(tmp_path)[1])
+    for path in (tmp_path / "RAND_CITYSCAPES/RGB").iterdir():
+        path.unlink()
+    assert "no image found" in message(lambda: Synthia(tmp_path))
+    (tmp_path / "cityscapes/leftImg8bit/train/x").mkdir(parents=True)
+    assert "no image found" in message(lambda: Cityscapes(tmp_path, "train"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
+    assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
+    assert "larger than" in message(lambda: common.training_augment((64, 128), (65, 128), (1, 1)))
+    assert "moon" in message(lambda: ToyStreets("moon"))
+    assert "resnet7" in message(lambda: DeepLabV2(2, "resnet7"))
+
+
+# ----------------------------------------------------- the toy world -----------------------------------------------------
+
+
+def test_toy_pictures_are_a_function_of_world_domain_split_and_index():
+    def draw(domain="source", split="train", world=0, index=3, size=(40, 80)):
+        return ToyStreets(domain, split, size, world)[index]["image"]
+
+    first = draw()
+    assert torch.equal(first, draw())
+    others = [draw(domain="target"), draw(split="val"), draw(world=1), draw(index=4)]
+    for a, b in itertools.combinations([first, *others], 2):
+        assert not torch.equal(a, b)
+    assert draw(size=(48, 96)).shape == (3, 48, 96)
+
+
+def test_toy_contains_all_classes_with_a_long_tail():
+    for domain in ("source", "target"):
+        data = ToyStreets(domain, "val")
+        counts = torch.zeros(16)
+        for i in range(60):
+            label = data[i]["label"]
+            assert label.max() < 16  # every pixel has a class
+            counts += torch.bincount(label.flatten(), minlength=16)
+        share = dict(zip(SYNTHIA_16, (counts / counts.sum()).tolist()))
+        assert min(share.values()) > 0.001
+        assert share["road"] > 0.2 and all(share[c] < 0.02 for c in ("traffic light", "rider", "motorcycle", "bicycle"))
+
+
+def test_toy_domains_mix_the_looks_differently():
+    source, target = common.toy_style(0, "source"), common.toy_style(0, "target")
+    for name in SYNTHIA_16:
+        assert source["shares"][name].sum() == pytest.approx(1) and target["shares"][name].sum() == pytest.approx(1)
+        assert target["shares"][name].min() > 0.1
+        assert source["shares"][name].argmax() == target["shares"][name].argmin()
+        assert np.array_equal(source["colours"][name], target["colours"][name])
+
+
+def test_toy_stops_at_its_end():
+    data = ToyStreets("target", "val")
+    assert len(data) == 100
+    with pytest.raises(IndexError):
+        data[100]
+
+
+# ------------------------------------------------ augmentation and batches ------------------------------------------------
+
+
+def test_augmentation_moves_image_and_label_together():
+    label = torch.from_numpy(blocks(range(5), (32, 64), np.random.default_rng(0)).repeat(2, 0).repeat(2, 1).astype(np.uint8))
+    image = (label * 50)[None].expand(3, -1, -1).contiguous()
+    augment = common.training_augment((64, 128), (48, 96), (0.5, 1.5), jitter=0.0)
+    torch.manual_seed(0)
+    for _ in range(10):
+        x, y = augment(image, label)
+        assert x.shape == (3, 48, 96) and y.shape == (48, 96) and type(x) is type(y) is torch.Tensor
+        inner = y != 255
+        agree = ((x[0].float() / 50).round() == y)[inner]
+        assert agree.float().mean() > 0.9  # but for the soft edges of a bilinear resize
+        assert set(y.unique().tolist()) <= {0, 1, 2, 3, 4, 255}
+    x, y = augment(image, None)
+    assert x.shape == (3, 48, 96) and y is None
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    args = argparse.Namespace(batch_size=3, workers=0, device="cpu")
+    data = ToyStreets("source", "val", (32, 64), augment=common.training_augment((32, 64), (32, 64), (0.8, 1.2)))
+    run = lambda seed, start, stop: list(common.training_batches(data, args, seed, start, stop))
+    state = torch.get_rng_state()
+    whole, tail = run(0, 0, 5), run(0, 3, 5)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are left alone
+    assert torch.equal(whole[3]["image"], tail[0]["image"]) and torch.equal(whole[4]["label"], tail[1]["label"])
+    assert not torch.equal(whole[0]["image"], run(1, 0, 1)[0]["image"])
+    args.workers = 2
+    assert torch.equal(run(0, 0, 5)[4]["image"], whole[4]["image"])
+
+
+def test_an_epoch_sees_every_picture_once():
+    args = argparse.Namespace(batch_size=4, workers=0, device="cpu")
+    data = ToyStreets("source", "val", (16, 32))
+    names = [name for batch in common.training_batches(data, args, 7, 0, 50) for name in batch["name"]]
+    assert len(set(names[:100])) == 100 and len(set(names[100:])) == 100 and names[:100] != names[100:]
+
+
+# ---------------------------------------------------- the network ----------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone, dim", [("resnet18", 512), ("resnet50", 2048), ("resnet101", 2048), ("vgg16", 1024)])
+def test_network_shapes(backbone, dim):
+    model = DeepLabV2(16, backbone).eval()
+    with torch.no_grad():
+        features, logits = model(torch.randn(1, 3, 64, 128))
+    assert model.feature_dim == dim and features.shape == (1, dim, 8, 16) and logits.shape == (1, 16, 8, 16)
+
+
+def test_all_four_branches_are_summed_and_learn():
+    model = DeepLabV2(5, "resnet18")
+    features, logits = model(torch.randn(2, 3, 64, 64))
+    expected = sum(F.conv2d(features, b.weight, b.bias, padding=d, dilation=d) for b, d in zip(model.classifier, (6, 12, 18, 24)))
+    torch.testing.assert_close(logits, expected)
+    logits.square().sum().backward()
+    assert len(model.classifier) == 4 and all(branch.weight.grad.abs().sum() > 0 for branch in model.classifier)
+
+
+def test_dilated_stages_keep_the_weights_and_the_field_of_view():
+    """Every 8th/4th feature of the dilated network equals the strided network where the field of view is inside."""
+    import torchvision
+
+    torch.manual_seed(0)
+    strided = torchvision.models.resnet18().eval()
+    dilated = DeepLabV2(2, "resnet18").eval()
+    layers = [strided.conv1, strided.bn1, strided.relu, strided.maxpool, strided.layer1, strided.layer2, strided.layer3]
+    for ours, theirs in zip(dilated.backbone, layers):
+        ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 512, 512)
+    with torch.no_grad():
+        a, b = dilated.backbone[:7](x), torch.nn.Sequential(*layers)(x)
+    assert a.shape[2:] == (64, 64) and b.shape[2:] == (32, 32)
+    # The first convolution of the strided stage has dilation 1, ours 2; the rest agrees.
+    assert [m.dilation for m in dilated.backbone[6].modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)] == [(2, 2)] * 4
+    assert [m.dilation for m in dilated.backbone[7].modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)] == [(4, 4)] * 4
+
+
+def test_vgg_has_the_form_of_sdca():
+    convs = [m for m in DeepLabV2(3, "vgg16").backbone if isinstance(m, torch.nn.Conv2d)]
+    pools = [m for m in DeepLabV2(3, "vgg16").backbone if isinstance(m, torch.nn.MaxPool2d)]
+    assert len(pools) == 3 and [c.dilation[0] for c in convs] == [1] * 10 + [2] * 3 + [4] * 2
+    assert [c.out_channels for c in convs[-2:]] == [1024, 1024]
+
+
+def test_backbone_weights_from_a_file(tmp_path):
+    import torchvision
+
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
+    model = DeepLabV2(4, "resnet18", str(tmp_path / "w.pth"))
+    torch.testing.assert_close(model.backbone[0].weight, state["conv1.weight"].half().float())
+    with pytest.raises(InputError, match="w.pth.*resnet50"):
+        DeepLabV2(4, "resnet50", str(tmp_path / "w.pth"))
+    with pytest.raises(InputError, match="nothing.pth"):
+        DeepLabV2(4, "resnet18", str(tmp_path / "nothing.pth"))
+
+
+def test_frozen_batch_norm_neither_learns_nor_moves():
+    model = DeepLabV2(4, "resnet18")
+    common.freeze_batch_norm(model)
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [n.running_mean.clone() for n in norms]
+    model(3 + torch.randn(2, 3, 32, 32))[1].sum().backward()
+    assert all(torch.equal(n.running_mean, b) and n.weight.grad is None and not n.training for n, b in zip(norms, before))
+    assert model.training and model.classifier[0].weight.grad is not None
+
+
+def test_batch_norm_statistics_are_those_of_augmented_target_images():
+    args = argparse.Namespace(source="toy", toy_world=0, size=(32, 64), crop=(32, 64), scale_jitter=(1.0, 1.5), batch_size=4,
+                              workers=0, device="cpu", precision="fp32")
+    model = DeepLabV2(4, "resnet18").train()
+    common.adapt_batch_norm(model, args, images=12)
+    target = ToyStreets("target", "train", (32, 64), augment=common.training_augment((32, 64), (32, 64), (1.0, 1.5)))
+    inputs = [model.backbone[0](batch["image"]) for batch in common.training_batches(target, args, 0, 0, 3)]
+    torch.testing.assert_close(model.backbone[1].running_mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0))
+    assert not model.training and model.backbone[1].momentum == 0.1
+    common.freeze_batch_norm(model)
+    before = model.backbone[1].running_mean.clone()
+    args.size = args.crop = (48, 96)
+    common.adapt_batch_norm(model, args, images=4)
+    assert torch.equal(model.backbone[1].running_mean, before)
+
+
+def test_upsample_aligns_corners():
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    up = common.upsample(x, (9, 17))
+    assert up[0, 0, 0, 0] == 0 and up[0, 0, -1, -1] == 5 and up[0, 0, 0, 8] == 1 and up[0, 0, 4, 0] == 1.5
+
+
+# ------------------------------------------------------- the metric -------------------------------------------------------
+
+
+def test_miou_against_sets():
+    g = torch.Generator().manual_seed(0)
+    pred, label = torch.randint(0, 4, (3, 7, 5), generator=g), torch.randint(0, 4, (3, 7, 5), generator=g)
+    label[0, :3] = 255
+    metric = MeanIoU(6)
+    for p, l in zip(pred, label):
+        metric.update(p, l)
+    for c in range(6):
+        mine = {i for i, (p, l) in enumerate(zip(pred.flatten().tolist(), label.flatten().tolist())) if l != 255 and p == c}
+        true = {i for i, l in enumerate(label.flatten().tolist()) if l == c}
+        if mine | true:
+            assert metric.iou()[c].item() == pytest.approx(len(mine & true) / len(mine | true))
+        else:
+            assert math.isnan(metric.iou()[c])
+    assert metric.mean() == pytest.approx(metric.iou()[:4].mean().item())
+    assert metric.mean([1, 5]) == pytest.approx(metric.iou()[1].item())
+    assert metric.present() == [0, 1, 2, 3]
+
+
+def test_miou_degenerate_cases():
+    metric = MeanIoU(3)
+    metric.update(torch.zeros(4, dtype=torch.long), torch.full((4,), 255))
+    metric.update(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    assert metric.iou().isnan().all() and math.isnan(metric.mean()) and metric.present() == []
+    metric.update(torch.tensor(2), torch.tensor(2))  # one pixel
+    assert metric.iou()[2] == 1 and metric.mean() == 1
+    with pytest.raises(ValueError, match="shape"):
+        metric.update(torch.zeros(2), torch.zeros(3))
+    metric.update(torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8))
+    assert metric.iou()[2] == 0.5 and metric.iou()[1] == 0
+
+
+@pytest.mark.parametrize("row, sixteen, thirteen", [
+    ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
+    ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
+    ("53.6 23.7 75.0 12.5 0.3 36.4 23.5 26.3 84.8 74.7 67.2 17.5 84.5 28.4 15.2 55.8", 42.46, 48.48),
+])
+def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
+    """A confusion matrix with the published IoUs (MLSL, CRST, CBST) must give their published means."""
+    metric = MeanIoU(16)
+    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
+    metric.iou = lambda: iou
+    metric.confusion += 1
+    result = common.scores(metric, SYNTHIA_16)
+    assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
+
+
+def test_absent_classes_do_not_dilute_the_mean():
+    metric = MeanIoU(16)
+    metric.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 0, 1, 1]))  # 3 is only predicted
+    result = common.scores(metric, SYNTHIA_16)
+    assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
+    assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
+
+
+class Constant(torch.nn.Module):
+    """Predicts the class that the image's red channel names, on the stride-8 grid."""
+
+    def forward(self, images):
+        value = F.avg_pool2d(images[:, :1], 8)
+        return value, torch.cat([-(value - c).square() for c in range(3)], 1) * 50
+
+
+def test_evaluation_at_the_labels_own_resolution():
+    image = torch.zeros(1, 3, 16, 32)
+    image[:, :, :, 16:] = 2.0
+    label = torch.zeros(1, 40, 80, dtype=torch.long)
+    label[:, :, 40:] = 2
+    label[:, :2] = 255
+    seen = []
+    metric = common.evaluate(Constant().train(), [{"image": image, "label": label, "name": ["a"]}], 3, "cpu",
+                             visit=lambda names, pred: seen.append((names, pred.shape)))
+    assert metric.confusion.sum() == 38 * 80 and metric.iou()[2] > 0.8 and seen == [(["a"], (1, 40, 80))]
+
+
+def test_predictions_average_scales_and_mirror_images():
+    model, image = Constant(), torch.rand(2, 3, 16, 32) * 2
+    one = common.predict(model, image, (16, 32))
+    torch.testing.assert_close(one.sum(1), torch.ones(2, 16, 32))
+    mirrored = common.predict(model, image.flip(3), (16, 32)).flip(3)
+    torch.testing.assert_close(common.predict(model, image, (16, 32), flip=True), (one + mirrored) / 2)
+    double = common.upsample(model(F.interpolate(image, scale_factor=2, mode="bilinear"))[1], (16, 32)).softmax(1)
+    torch.testing.assert_close(common.predict(model, image, (16, 32), scales=(1.0, 2.0)), (one + double) / 2)
+
+
+# ------------------------------------------------- run folder and checkpoints -------------------------------------------------
+
+
+def test_defaults_depend_on_the_source_and_are_printed():
+    parser = common.shared_parser("Title.\n\nMore.")
+    toy, real = common.parse(parser, []), common.parse(common.shared_parser("T"), ["--source", "synthia"])
+    assert (toy.size, toy.backbone, toy.freeze_bn) == ((80, 160), "resnet18", False)
+    assert (real.size, real.source_size, real.backbone, real.freeze_bn) == ((512, 1024), (760, 1280), "resnet101", True)
+    small = common.parse(common.shared_parser("T"), ["--source", "gta5", "--size", "64x128", "--crop", "32x64"])
+    assert small.source_size == (64, 128) and small.crop == (32, 64)
+    text = " ".join(parser.format_help().split())
+    assert "toy 80x160, gta5 512x1024, synthia 512x1024" in text and "Title." in text and "More." not in text
+    for wrong in ("80", "x", "80x", "0x5", "-1x5", "axb"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            common.height_width(wrong)
+
+
+def test_files_are_written_atomically(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def full_disk(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        common.write_atomically(path, full_disk)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
+    common.write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_checkpoint_cannot_execute_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    for name in ("evil.pt", "noise.pt", "missing.pt"):
+        with pytest.raises(InputError, match=name):
+            common.read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_models_travel_through_checkpoints(tmp_path):
+    args = argparse.Namespace(source="toy", toy_world=2, backbone="resnet18", size=(80, 160))
+    model = DeepLabV2(16, "resnet18")
+    torch.save(common.pack_model(model, args), tmp_path / "m.pt")
+    saved = common.read_checkpoint(tmp_path / "m.pt")
+    again = common.unpack_model(saved, "m.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(InputError, match="m.pt.*resnet50"):
+        common.unpack_model({**saved, "backbone": "resnet50"}, "m.pt")
+    with pytest.raises(InputError, match="m.pt.*not a checkpoint"):
+        common.unpack_model({"state": 1}, "m.pt")
+
+
+def test_panel_has_a_column_per_title(tmp_path):
+    rows = [[Image.new("RGB", (16, 8), (i * 40, 0, 0)) for i in range(3)] for _ in range(2)]
+    common.draw_panel(tmp_path / "panel.png", ["image", "truth", "model"], rows, width=32)
+    sheet = Image.open(tmp_path / "panel.png")
+    assert sheet.size == (3 * 36 - 4, 16 + 2 * 20 - 4) and sheet.getpixel((36 + 5, 25)) == (40, 0, 0)

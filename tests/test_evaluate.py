@@ -1,0 +1,127 @@
+"""evaluate.py as a user runs it: tables, exports, panels, and the checks of its input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import PROJECT, TINY, run
+from trees import write_cityscapes
+
+import common
+import evaluate
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    for name, seed in (("a", 0), ("b", 1)):
+        run(folder, "source_only.py", *TINY, "--iterations", 2, "--seed", seed, "--out", name)
+    return folder
+
+
+def real_checkpoint(folder, source="synthia"):
+    """A random network saved as a checkpoint of a real task."""
+    import argparse
+
+    torch.manual_seed(0)
+    classes = common.task_classes(source)
+    model = common.DeepLabV2(len(classes), "resnet18")
+    args = argparse.Namespace(source=source, toy_world=0, backbone="resnet18", size=(32, 64))
+    torch.save(common.pack_model(model, args), folder / f"{source}.pt")
+    return model
+
+
+def test_table_json_and_panel(toy):
+    out = run(toy, "evaluate.py", "a/last.pt", "b/last.pt", "--json", "t.json", "--panel", "p.png")
+    table = json.loads((toy / "t.json").read_text())
+    assert list(table) == ["a/last", "b/last"] and len(table["a/last"]["iou"]) == 16
+    header, *rows = [line for line in out.splitlines() if line.strip()]
+    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("mIoU, 13")
+    assert rows[16].split() == ["mIoU", f"{table['a/last']['miou']:.1f}", f"{table['b/last']['miou']:.1f}"]
+    assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
+    written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
+    assert table["a/last"]["iou"] == pytest.approx(written["iou"], nan_ok=True)  # the number of the run itself
+
+
+def test_scales_and_flip_change_the_numbers_a_little(toy):
+    run(toy, "evaluate.py", "a/last.pt", "--json", "1.json")
+    run(toy, "evaluate.py", "a/last.pt", "--json", "2.json", "--scales", 0.75, 1.25, "--flip")
+    run(toy, "evaluate.py", "a/last.pt", "--json", "3.json", "--size", "48x96")
+    one, two, three = (json.loads((toy / f"{i}.json").read_text())["a/last"]["miou"] for i in (1, 2, 3))
+    assert len({one, two, three}) == 3
+
+
+def test_export_speaks_cityscapes(tmp_path):
+    write_cityscapes(tmp_path, splits=("val",))
+    model = real_checkpoint(tmp_path).eval()
+    run(tmp_path, "evaluate.py", "synthia.pt", "--data-root", tmp_path, "--export", "out", "--precision", "fp32", "--json", "t.json")
+    names = [f"{city}_{i:06d}_000019" for city in ("aachen", "bonn") for i in range(3)]
+    assert {p.name for p in (tmp_path / "out/labelIds").iterdir()} == {f"{n}_pred_labelIds.png" for n in names}
+    assert {p.name for p in (tmp_path / "out/color").iterdir()} == {f"{n}_pred_color.png" for n in names}
+
+    # The exported files, scored from scratch with Cityscapes ids, give the table's numbers.
+    table = json.loads((tmp_path / "t.json").read_text())["synthia"]
+    pairs = []
+    for name in names:
+        ids = np.array(Image.open(tmp_path / f"out/labelIds/{name}_pred_labelIds.png"))
+        truth = np.array(Image.open(tmp_path / f"cityscapes/gtFine/val/{name.split('_')[0]}/{name}_gtFine_labelIds.png"))
+        assert ids.shape == truth.shape == (64, 128) and set(np.unique(ids)) <= set(common.label_ids(common.SYNTHIA_16))
+        pairs.append((ids, truth))
+    predicted, truth = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
+    predicted, truth = predicted[truth > 6], truth[truth > 6]
+    for name, index in zip(common.SYNTHIA_16, common.label_ids(common.SYNTHIA_16)):
+        union = ((predicted == index) | (truth == index)).sum()
+        if union:
+            assert table["iou"][name] == pytest.approx(100 * ((predicted == index) & (truth == index)).sum() / union)
+        else:
+            assert table["iou"][name] is None
+
+    item = common.Cityscapes(tmp_path, "val", size=(32, 64), classes=common.SYNTHIA_16)[0]
+    prediction = common.predict(model, item["image"][None], (64, 128)).argmax(1)[0]
+    colours = np.array(Image.open(tmp_path / f"out/color/{names[0]}_pred_color.png"))
+    assert np.array_equal(colours, common.palette(common.SYNTHIA_16)[prediction.numpy()])
+
+
+def test_several_checkpoints_export_into_folders_of_their_own(tmp_path):
+    write_cityscapes(tmp_path, splits=("val",), count=1)
+    for source in ("synthia", "gta5"):
+        real_checkpoint(tmp_path, source)
+    out = run(tmp_path, "evaluate.py", "synthia.pt", "gta5.pt", "--data-root", tmp_path, "--export", "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"synthia", "gta5"}
+    assert "terrain" in out  # classes of both tasks, a dash where a model has none
+
+
+def test_official_evaluator_agrees(tmp_path):
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels", reason="the official cityscapesScripts are not installed")
+    ids = {label.name: label.id for label in labels.labels}
+    assert [ids[name] for name in common.CLASSES] == common.label_ids(common.CLASSES)
+
+
+def test_bad_input_is_one_line(toy, tmp_path):
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    for name in ("noise.pt", "foreign.pt", "missing.pt"):
+        assert name in run(tmp_path, "evaluate.py", name, ok=False)
+    real_checkpoint(tmp_path)
+    assert "--data-root" in run(tmp_path, "evaluate.py", "synthia.pt", ok=False)
+    assert "--panel" in run(tmp_path, "evaluate.py", "synthia.pt", toy / "a/last.pt", "--panel", "p.png", ok=False)
+    assert "above zero" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
+
+
+def test_titles_are_short_and_distinct():
+    from pathlib import Path
+
+    titles = lambda *names: evaluate.titles_of([Path(name) for name in names])
+    assert titles("runs/x/last.pt", "runs/y/last.pt") == ["x/last", "y/last"]
+    assert titles("x/best.pt", "y/other.pt") == ["best", "other"]
+    assert titles("a/b/last.pt", "c/b/last.pt") == ["a/b/last", "c/b/last"]
+    assert titles("runs/x/last.pt") == ["x/last"] and titles("last.pt") == ["last"]
+    assert len(titles("a.pt", "a.pt")) == 2
+
+
+def test_every_help_answers_offline_and_leaves_nothing_behind(tmp_path):
+    for script in sorted(p.name for p in PROJECT.glob("*.py")):
+        assert "usage" in run(tmp_path, script, "--help")
+    assert not list(tmp_path.iterdir())

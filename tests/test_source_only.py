@@ -1,0 +1,124 @@
+"""source_only.py: the loop's parts against closed forms, and the script as a user runs it."""
+
+import argparse
+import json
+import re
+import signal
+
+import pytest
+import torch
+from scripts import PROJECT, TINY, kill_when, logged, result, run, same_weights
+from trees import write_cityscapes, write_gta5, write_synthia
+
+import source_only
+
+METHODS = sorted(path.name for path in PROJECT.glob("*.py") if path.name not in ("common.py", "evaluate.py"))
+
+
+def test_shared_blocks_are_identical_in_every_method_file():
+    marked = {name: re.findall(r"# --- same in every method file ---\n(.*?)# --- end ---", (PROJECT / name).read_text(), re.S)
+              for name in METHODS}
+    assert len(marked) >= 2 and len(marked["source_only.py"]) == 1
+    assert all(blocks == marked["source_only.py"] for blocks in marked.values())
+
+
+def test_methods_import_nothing_else_of_the_project():
+    for name in METHODS:
+        text = (PROJECT / name).read_text()
+        assert not [other for other in METHODS if re.search(rf"^\s*(import|from) {other.removesuffix('.py')}\b", text, re.M)]
+
+
+def test_poly_schedule():
+    assert source_only.poly_lr(2.0, 0, 10, 0.9) == 2.0
+    assert source_only.poly_lr(1.0, 40000, 62500, 0.9) == pytest.approx(0.398724, abs=1e-6)  # (1 - 0.64) ** 0.9
+    assert source_only.poly_lr(3.0, 7, 10, 0.0) == 3.0
+
+
+def test_optimizer_groups():
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
+    model.backbone, model.classifier = model["backbone"], model["classifier"]
+    model.backbone.bias.requires_grad_(False)
+    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
+    source_only.set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
+    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
+
+
+def test_run_folder(tmp_path):
+    out = run(tmp_path, "source_only.py", *TINY, "--iterations", 3)
+    folder = tmp_path / "runs/source_only-toy-s0"
+    assert {p.name for p in folder.iterdir()} == {"args.json", "log.jsonl", "last.pt", "panel.png", "result.json"}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["ce"] > 0 for line in lines)
+    scores = result(folder)
+    assert list(scores["columns"]) == ["source only", "+ BN target"] and len(scores["iou"]) == 16
+    assert {"miou", "miou13", "seconds", "peak_memory_gb", "versions"} <= set(scores)
+    assert "traffic light" in out and "mIoU" in out
+    again = run(tmp_path, "source_only.py", *TINY, "--iterations", 3, ok=False)
+    assert "holds a run already" in again and "--resume" in again
+    other = run(tmp_path, "source_only.py", *TINY, "--iterations", 4, "--resume", ok=False)
+    assert "--iterations 3" in other
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path, "source_only.py", *TINY, "--iterations", 2, "--seed", seed, "--out", name)
+    assert same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    assert not same_weights(tmp_path / "a/last.pt", tmp_path / "c/last.pt")
+
+
+def test_sigkill_and_resume_give_the_same_weights(tmp_path):
+    arguments = ["source_only.py", *TINY, "--iterations", 12, "--save-every", 3]
+    run(tmp_path, *arguments, "--out", "whole")
+    kill_when(tmp_path, lambda: logged(tmp_path / "cut", "source", 5), *arguments, "--out", "cut")
+    assert not (tmp_path / "cut/result.json").exists()
+    run(tmp_path, *arguments, "--out", "cut", "--resume")
+    assert same_weights(tmp_path / "whole/last.pt", tmp_path / "cut/last.pt")
+    assert result(tmp_path / "whole")["iou"] == result(tmp_path / "cut")["iou"]
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    arguments = ["source_only.py", *TINY, "--iterations", 500, "--save-every", 500, "--out", "run"]
+    code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "run", "source", 3), *arguments, with_signal=signal.SIGINT)
+    assert code == 1 and "--resume" in errors and "Traceback" not in errors
+    assert 3 <= torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] < 500
+
+
+def test_nan_stops_the_run_and_names_the_term(tmp_path):
+    message = run(tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False)
+    assert re.search(r"step \d+", message) and "ce" in message or "not finite" in message
+    if (tmp_path / "run/last.pt").exists():
+        saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
+        assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_real_formats(tmp_path):
+    write_synthia(tmp_path)
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    small = ["--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", "--workers", 1, "--iterations", 2,
+             *TINY, "--no-freeze-bn"]
+    for source, classes in (("synthia", 16), ("gta5", 19)):
+        for oracle in ([], ["--oracle"]):
+            run(tmp_path, "source_only.py", "--source", source, *small, *oracle)
+        assert len(result(tmp_path / f"runs/source_only-{source}-s0")["iou"]) == classes
+        assert list(result(tmp_path / f"runs/oracle-{source}-s0")["columns"]) == ["oracle"]
+    (tmp_path / "RAND_CITYSCAPES/GT/LABELS/0000001.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    message = run(tmp_path, "source_only.py", "--source", "synthia", *small, "--out", "torn", ok=False)
+    assert message.startswith("error: ") and "0000001.png" in message  # although a loader process met it
+
+
+def test_bad_input_is_one_line(tmp_path):
+    assert "--data-root" in run(tmp_path, "source_only.py", "--source", "gta5", ok=False)
+    assert "GTA5" in run(tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False)
+    assert "--crop 64x64" in run(tmp_path, "source_only.py", *TINY, "--crop", "64x64", "--out", "b", ok=False)
+    assert "nothing to resume" in run(tmp_path, "source_only.py", "--resume", "--out", "c", ok=False)
+
+
+def test_a_short_run_learns(tmp_path):
+    """Chance is about 3 mIoU; 150 steps on small pictures must leave it far behind, and the loss must fall."""
+    run(tmp_path, "source_only.py", "--device", "cpu", "--size", "48x96", "--iterations", 150, "--out", "run")
+    losses = [json.loads(line)["ce"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result(tmp_path / "run")["columns"]["source only"]["miou"] > 8
