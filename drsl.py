@@ -75,8 +75,8 @@ Choices where the sources are silent or differ           source                 
  3. where the mode losses live                            unknown                           stride 8, labels nearest
  4. class balance in L_mm                                 unknown                           at most --pixels per class, image
  5. K, embedding size, lambdas, M, pairs' gradients       unknown                           3, 256, 0.1 and 0.1, 64, both sides
- 6. confidence threshold                                  unknown; CRST uses it             CBST, confidences on every 8th
-                                                                                             pixel in each direction
+ 6. pseudo-labels                                         unknown; CRST: CBST, mirrored      the same; thresholds from every 4th
+                                                          inputs averaged                   image and every 8th row and column
  7. batch norm                                            CRST: running statistics          frozen on real data, live on the
                                                                                              toy (see --freeze-bn)
  8. source images in a round                              CRST: 3 to 6 % of the source set   a fresh batch every step
@@ -415,16 +415,16 @@ def label_target(model, args, run, folder, portion):
     """
     model.eval()
     classes = common.task_classes(args.source)
-    loader = common.evaluation_loader(common.target_dataset(args, "train", labelled=args.source == "toy"), args)
+    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
 
-    def probabilities():
-        for batch in loader:
+    def probabilities(images):
+        for batch in common.evaluation_loader(images, args):
             image = batch["image"].to(args.device, memory_format=torch.channels_last)
             yield batch, common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, C, H, W)
 
     confidence, label = [], []
-    for _, prob in probabilities():
-        best, index = prob[:, :, ::8, ::8].max(1)  # every 8th pixel in each direction is enough for a quantile
+    for _, prob in probabilities(torch.utils.data.Subset(dataset, range(0, len(dataset), 4))):
+        best, index = prob[:, :, ::8, ::8].max(1)  # (N, H / 8, W / 8): enough for a quantile
         confidence.append(best.flatten().cpu())
         label.append(index.flatten().byte().cpu())
     confidence, label = common.all_gather(torch.cat(confidence)), common.all_gather(torch.cat(label))
@@ -432,7 +432,7 @@ def label_target(model, args, run, folder, portion):
 
     folder.mkdir(parents=True, exist_ok=True)
     total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
-    for batch, prob in probabilities():
+    for batch, prob in probabilities(dataset):
         pseudo = pseudo_labels(prob, thresholds).byte().cpu()
         for name, values in zip(batch["name"], pseudo):
             common.write_label(folder / f"{name}.png", values.numpy(), classes)
@@ -486,17 +486,17 @@ def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
     add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-    add("--warmup-iterations", type=int, metavar="T", default=common.by_source(600, 60000), help="steps of source-only training")
+    add("--warmup-iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="steps of source-only training")
     add("--warmup-lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="its base learning rate")
     add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
     add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
     add("--rounds", type=int, metavar="N", default=common.by_source(3, 4), help="rounds of pseudo-labels [U: 3 to 6]")
-    add("--iterations", type=int, metavar="T", default=common.by_source(450, 12000), help="adaptation steps, all rounds together")
+    add("--iterations", type=int, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
     add("--lr", type=float, metavar="X", default=common.by_source(3e-4, 5e-5), help="base learning rate of the adaptation [F]")
     add("--power", type=float, metavar="X", default=common.by_source(0.9, 0.0), help="poly decay of it over all rounds; CRST: 0 [F]")
-    add("--portion", type=float, metavar="p_0", default=common.by_source(0.5, 0.2), help="kept share of each predicted class, first round [F]")
-    add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
-    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.7, 0.5), help="its bound [F]")
+    add("--portion", type=float, metavar="p_0", default=common.by_source(0.3, 0.2), help="kept share of each predicted class, first round [F]")
+    add("--portion-step", type=float, metavar="X", default=common.by_source(0.15, 0.05), help="delta_p, its growth per round [F]")
+    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.6, 0.5), help="its bound [F]")
     add("--modes", type=int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
     add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
