@@ -418,15 +418,18 @@ def draw_street(rng, style, size):
         kind = rng.choice(3, p=style["shares"][name])
         return kind, style["colours"][name][kind] * rng.uniform(0.85, 1.12)
 
-    def wallface(name, x, z0, z1, height, colour):
-        paint(name, "polygon", [at(x, 0, z0), at(x, 0, z1), at(x, height, z1), at(x, height, z0)], colour, (z0 + z1) / 2)
+    def ground(x0, x1, z0, z1):  # corners of a rectangle that lies on the ground
+        return [at(x0, 0, z0), at(x1, 0, z0), at(x1, 0, z1), at(x0, 0, z1)]
+
+    def upright(x, y0, y1, z0, z1):  # corners of a rectangle that stands along the street
+        return [at(x, y0, z0), at(x, y0, z1), at(x, y1, z1), at(x, y1, z0)]
 
     # Sky, skyline and ground.
     _, sky = look("sky")
     tag.rectangle([0, 0, w, h], fill=SYNTHIA_16.index("sky"))
     for row in range(0, int(horizon + h * 0.1), 4):
         level = row / horizon
-        ink.rectangle([0, row, w, row + 4], fill=tuple(int(min(255, c * (1 - 0.2 * (1 - level)) + 25 * level)) for c in sky))
+        ink.rectangle([0, row, w, row + 4], fill=tuple(int(min(255, c * (0.8 + 0.2 * level) + 25 * level)) for c in sky))
     for x in range(-90, 90, 12):
         name = "building" if rng.random() < 0.6 else "vegetation"
         box(name, x + 6, -2, 45, 13, rng.uniform(4, 14) if name == "building" else rng.uniform(3, 7), look(name)[1])
@@ -434,62 +437,59 @@ def draw_street(rng, style, size):
     front = street + rng.uniform(1.8, 3.5)  # where the houses stand
     _, pavement = look("sidewalk")
     surface, asphalt = look("road")
-    paint("sidewalk", "polygon", [at(-60, 0, 1.2), at(60, 0, 1.2), at(60, 0, 45), at(-60, 0, 45)], pavement, 6)
-    paint("road", "polygon", [at(-street, 0, 1.2), at(street, 0, 1.2), at(street, 0, 60), at(-street, 0, 60)], asphalt, 6)
+    paint("sidewalk", "polygon", ground(-60, 60, 1.2, 45), pavement, 6)
+    paint("road", "polygon", ground(-street, street, 1.2, 60), asphalt, 6)
     for side in (-street, street):  # kerbs
-        paint("sidewalk", "polygon", [at(side, 0, 1.2), at(side * 1.04, 0, 1.2), at(side * 1.04, 0, 45), at(side, 0, 45)],
-              pavement * 0.75, 6)
-    for z in range(2, 30, 4):
+        paint("sidewalk", "polygon", ground(side, side * 1.04, 1.2, 45), pavement * 0.75, 6)
+    for z in range(2, 30, 4):  # lane markings, or the joints of concrete slabs
         if surface != 1:
-            paint(None, "polygon", [at(-0.08, 0, z), at(0.08, 0, z), at(0.08, 0, z + 2), at(-0.08, 0, z + 2)],
-                  np.array([215, 215, 205.0]), z)
+            paint(None, "polygon", ground(-0.08, 0.08, z, z + 2), np.array([215, 215, 205.0]), z)
         else:
-            paint(None, "polygon", [at(-street, 0, z), at(street, 0, z), at(street, 0, z + 0.3), at(-street, 0, z + 0.3)],
-                  asphalt * 0.85, z)
+            paint(None, "polygon", ground(-street, street, z, z + 0.3), asphalt * 0.85, z)
 
     # The two sides of the street, from far to near.
-    sunny = rng.choice([-1, 1])
+    shady = rng.choice([-1, 1])  # the side whose houses hide the sun
     for side in (-1, 1):
-        light = 1 - 0.3 * strength * (side == sunny)  # the side that faces away from the sun
+        light = 1 - 0.3 * strength * (side == shady)
         z1 = 45.0
         while z1 > 2.5:
             z0 = max(1.3, z1 - rng.uniform(4, 9))
-            x = side * (front + rng.uniform(0, 0.8))
+            x, middle = side * (front + rng.uniform(0, 0.8)), (z0 + z1) / 2
             name = rng.choice(["building", "vegetation", "wall", "fence"], p=[0.46, 0.2, 0.17, 0.17])
             if name in ("wall", "fence"):  # something stands behind it
                 behind = rng.choice(["building", "vegetation"])
-                wallface(behind, x + side * 3, z0, z1, rng.uniform(4, 8), look(behind)[1] * light)
+                shape = upright(x + side * 3, 0, rng.uniform(4, 8), z0, z1)
+                paint(behind, "polygon", shape, look(behind)[1] * light, middle)
             kind, colour = look(name)
             colour = colour * light
             if name == "building":
                 height = rng.uniform(4, 9) if target else rng.uniform(5, 13)
-                wallface(name, x, z0, z1, height, colour)
+                paint(name, "polygon", upright(x, 0, height, z0, z1), colour, middle)
                 columns, rows = ((3, 4), (6, 3), (2, 2))[kind]
                 glass = colour * (0.45, 1.35, 0.65)[kind]
                 for i in range(columns):
                     for j in range(rows):
                         za, zb = z0 + (z1 - z0) * (i + 0.25) / columns, z0 + (z1 - z0) * (i + 0.75) / columns
                         ya, yb = height * (j + 0.3) / rows, height * (j + 0.75) / rows
-                        paint(None, "polygon", [at(x, ya, za), at(x, ya, zb), at(x, yb, zb), at(x, yb, za)], glass, za)
+                        paint(None, "polygon", upright(x, ya, yb, za, zb), glass, za)
             elif name == "vegetation":
-                wallface(name, x + side, z0, z1, rng.uniform(1.5, 3), colour * 0.8)
+                paint(name, "polygon", upright(x + side, 0, rng.uniform(1.5, 3), z0, z1), colour * 0.8, middle)
                 for _ in range(7):
                     z, y, r = rng.uniform(z0, z1), rng.uniform(1.5, 4.5), rng.uniform(0.8, 1.8)
                     box(name, x + side * rng.uniform(-0.5, 1.5), y, z, 2 * r, 1.6 * r, colour * rng.uniform(0.7, 1.25), "ellipse")
             elif name == "wall":
-                wallface(name, x, z0, z1, rng.uniform(2.2, 3.2), colour)
+                paint(name, "polygon", upright(x, 0, rng.uniform(2.2, 3.2), z0, z1), colour, middle)
                 for y in (0.7, 1.4, 2.1):
                     paint(None, "line", [at(x, y, z0), at(x, y, z1)], colour * 0.65, z0, width=smooth)
             else:
                 height = rng.uniform(1.8, 2.6)
-                wallface(name, x, z0, z1, height, colour)
+                paint(name, "polygon", upright(x, 0, height, z0, z1), colour, middle)
                 for z in np.linspace(z0, z1, 9):
                     paint(None, "line", [at(x, 0, z), at(x, height, z)], colour * 0.4, z, width=2 * smooth)
             z1 = z0
-        if target and side == sunny:  # the houses' shadow on the ground
+        if target and side == shady:  # the houses' shadow on the ground
             reach = side * rng.uniform(0.5, street)
-            dark.polygon([at(side * front * 1.3, 0, 1.2), at(reach, 0, 1.2), at(reach, 0, 45), at(side * front * 1.3, 0, 45)],
-                         fill=int(255 - 110 * strength))
+            dark.polygon(ground(side * front * 1.3, reach, 1.2, 45), fill=int(255 - 110 * strength))
 
     # Things that stand and move, from far to near. Rare: lights, signs, riders, two-wheelers, buses.
     busy = 1.3 if target else 1.0
@@ -504,10 +504,11 @@ def draw_street(rng, style, size):
             length, height = (3.8, 4.6, 4.2)[shape], (1.4, 2.1, 1.7)[shape]
             x, lower = side * rng.uniform(0.35, 0.8) * street, (0.6, 0.5, 0.55)[shape] * height
             if target:
-                dark.polygon([at(x - 1.3, 0, z), at(x + 1.3, 0, z), at(x + 1.3, 0, z + length), at(x - 1.3, 0, z + length)], fill=130)
+                dark.polygon(ground(x - 1.3, x + 1.3, z, z + length), fill=130)
             inner = x - 0.9 * np.sign(x - lateral)  # the flank that the camera sees
-            paint("car", "polygon", [at(inner, 0.2, z), at(inner, 0.2, z + length), at(inner, lower, z + length),
-                                     at(inner, height, z + length * 0.7), at(inner, height, z + 0.4), at(inner, lower, z)], colour * 0.8, z)
+            flank = [at(inner, 0.2, z), at(inner, 0.2, z + length), at(inner, lower, z + length),
+                     at(inner, height, z + length * 0.7), at(inner, height, z + 0.4), at(inner, lower, z)]
+            paint("car", "polygon", flank, colour * 0.8, z)
             box("car", x, 0.2, z, 1.8, lower, colour)
             box("car", x, lower, z + 0.2, (1.4, 1.75, 1.6)[shape], height - lower, colour * 0.9)
             box(None, x, lower * 1.1, z + 0.2, 1.25, (height - lower) * 0.75, np.array([55, 65, 75.0]))
@@ -518,11 +519,11 @@ def draw_street(rng, style, size):
             shape, colour = look("bus")
             x, height = side * 0.55 * street, (3.1, 3.6, 2.9)[shape]
             inner = x - 1.25 * np.sign(x - lateral)
-            paint("bus", "polygon", [at(inner, 0.3, z), at(inner, 0.3, z + 9), at(inner, height, z + 9), at(inner, height, z)], colour * 0.8, z)
+            paint("bus", "polygon", upright(inner, 0.3, height, z, z + 9), colour * 0.8, z)
             box("bus", x, 0.3, z, 2.5, height - 0.3, colour)
-            box(None, x, height * 0.5, z, 2.2, height * 0.3, np.array([50, 60, 75.0]))
-            paint(None, "polygon", [at(inner, height * 0.5, z + 0.5), at(inner, height * 0.5, z + 8.5), at(inner, height * 0.8, z + 8.5),
-                                    at(inner, height * 0.8, z + 0.5)], np.array([50, 60, 75.0]), z)
+            glass = np.array([50, 60, 75.0])
+            box(None, x, height * 0.5, z, 2.2, height * 0.3, glass)
+            paint(None, "polygon", upright(inner, height * 0.5, height * 0.8, z + 0.5, z + 8.5), glass, z)
             for wheel in (-0.9, 0.9):
                 box("bus", x + wheel, 0, z, 0.4, 0.7, np.array([25, 25, 28.0]))
         elif kind == "person":

@@ -448,8 +448,8 @@ def label_target(model, args, run, folder, portion):
 def make_optimizer_with_modes(model, head, args):
     """The shared groups plus the head's layers and, without weight decay because they are normalised on use, R."""
     optimizer = make_optimizer(model, args)
-    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": args.head_lr})
-    optimizer.add_param_group({"params": [head.representatives], "scale": args.head_lr, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 10.0})
+    optimizer.add_param_group({"params": [head.representatives], "scale": 10.0, "weight_decay": 0.0})
     return optimizer
 
 
@@ -490,13 +490,14 @@ def parse_args():
     add("--warmup-lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="its base learning rate")
     add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
     add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
-    add("--rounds", type=int, metavar="N", default=common.by_source(3, 4), help="rounds of pseudo-labels [U: 3 to 6]")
+    add("--rounds", type=int, metavar="N", default=common.by_source(2, 4), help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=int, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
-    add("--lr", type=float, metavar="X", default=common.by_source(3e-4, 5e-5), help="base learning rate of the adaptation [F]")
+    add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-5), help="base learning rate of the adaptation [F]")
     add("--power", type=float, metavar="X", default=common.by_source(0.9, 0.0), help="poly decay of it over all rounds; CRST: 0 [F]")
+    add("--ramp", type=int, metavar="T", default=common.by_source(40, 500), help="steps over which the learning rate rises at the start")
     add("--portion", type=float, metavar="p_0", default=common.by_source(0.3, 0.2), help="kept share of each predicted class, first round [F]")
-    add("--portion-step", type=float, metavar="X", default=common.by_source(0.15, 0.05), help="delta_p, its growth per round [F]")
-    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.6, 0.5), help="its bound [F]")
+    add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
+    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.5, 0.5), help="its bound [F]")
     add("--modes", type=int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
     add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
@@ -545,18 +546,18 @@ def main():
         if done >= last:
             continue
         labels = run.folder / "pseudo_labels" / f"round{r + 1}"
-        if done <= first:  # a new round: labels by the present network, and a fresh optimizer
+        if done <= first:  # a new round: labels by the present network
             done = first
             common.adapt_batch_norm(model, args)
             portion = min(args.portion + r * args.portion_step, args.portion_max)  # DRSL-16
             run.log(f"round {r + 1}", **label_target(model, args, run, labels, portion))
-            optimizer = make_optimizer_with_modes(model, head, args)
         target = common.target_dataset(args, "train", augment, label_dir=labels)
         batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=last)
         batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
-            set_lr(optimizer, poly_lr(args.lr, done - 1, args.iterations, args.power))
+            ramp = min(1.0, done / args.ramp)  # new statistics of AdamW or momentum must not throw the network about
+            set_lr(optimizer, ramp * poly_lr(args.lr, done - 1, args.iterations, args.power))
             x_s, y_s = common.to_device(batch_s, args.device)
             x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
             with common.autocast(args.device, args.precision):
