@@ -286,14 +286,14 @@ class Cityscapes(Dataset):
 def source_dataset(args, split="train", augment=None):
     """The labelled source that args.source names; only the toy source has another split than train."""
     if args.source == "toy":
-        return ToyStreets("source", split, args.size, args.toy_world, augment)
+        return ToyStreets("source", split, args.size, args.toy_world, augment, images=args.toy_images)
     return {"gta5": GTA5, "synthia": Synthia}[args.source](args.data_root, args.source_size, augment)
 
 
 def target_dataset(args, split, augment=None, **options):
     """The target of args.source: the toy's other domain or Cityscapes. Options as for the data set's class."""
     if args.source == "toy":
-        return ToyStreets("target", split, args.size, args.toy_world, augment, **options)
+        return ToyStreets("target", split, args.size, args.toy_world, augment, images=args.toy_images, **options)
     return Cityscapes(args.data_root, split, args.size, augment, task_classes(args.source), **options)
 
 
@@ -316,23 +316,23 @@ class ToyStreets(Dataset):
     * The layout. The target's streets are narrower and busier, its buildings lower, its camera less steady.
 
     `world` draws other colours, other proportions of the looks and another colour cast from the same generator.
-    The target's train split carries no label unless `labelled=True`; `label_dir` as in Cityscapes.
+    `images` is the length of a train split; val has a quarter of it. The target's train split carries no label unless
+    `labelled=True`; `label_dir` as in Cityscapes.
     """
 
-    LENGTH = {"train": 400, "val": 100}
-
     def __init__(self, domain, split="train", size=(80, 160), world=0, augment=None, labelled=None, label_dir=None,
-                 full_label=False):
-        if domain not in ("source", "target") or split not in self.LENGTH:
+                 full_label=False, images=400):
+        if domain not in ("source", "target") or split not in ("train", "val"):
             raise InputError(f"the toy world has domains source and target, splits train and val, not {domain} {split}")
         self.domain, self.split, self.size, self.world = domain, split, size, world
         self.labelled = (domain == "source" or split != "train") if labelled is None else labelled
         self.augment, self.label_dir, self.full_label = augment, label_dir, full_label
         self.style = toy_style(world, domain)
+        self.length = images if split == "train" else max(1, images // 4)
         self.drawn = {}  # pictures are drawn once and kept: 38 kB each
 
     def __len__(self):
-        return self.LENGTH[self.split]
+        return self.length
 
     def __getitem__(self, index):
         if not 0 <= index < len(self):
@@ -653,14 +653,20 @@ def mix_seed(*numbers):
 def training_batches(dataset, args, seed, start, stop):
     """Iterator over the batches of the steps start..stop-1, decoded by args.workers processes."""
     return iter(DataLoader(Batches(dataset, args.batch_size, seed), batch_size=None, sampler=range(start, stop),
-                           num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator()))
+                           num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator(),
+                           worker_init_fn=ignore_interrupt))
 
 
 def evaluation_loader(dataset, args):
     """Every picture of a data set once, in order (under torchrun each process has every n-th picture)."""
     batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
     return DataLoader(dataset, batch_size, sampler=range(rank(), len(dataset), world_size()),
-                      num_workers=args.workers, pin_memory=args.device == "cuda")
+                      num_workers=args.workers, pin_memory=args.device == "cuda", worker_init_fn=ignore_interrupt)
+
+
+def ignore_interrupt(_):
+    """Ctrl-C reaches loader processes too; they go on, because the main process wants to finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # =================================================== DeepLabV2 ===================================================
@@ -759,16 +765,19 @@ def adapt_batch_norm(model, args, images=400):
     if not norms:
         return
     augment = training_augment(args.size, args.crop, args.scale_jitter)
-    steps = math.ceil(images / args.batch_size)
+    dataset = target_dataset(args, "train", augment)
+    steps = math.ceil(min(images, len(dataset)) / args.batch_size)
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # cumulative average
     model.train()
-    for batch in training_batches(target_dataset(args, "train", augment), args, seed=0, start=0, stop=steps):
+    for batch in training_batches(dataset, args, seed=0, start=0, stop=steps):
         with autocast(args.device, args.precision):
             model(batch["image"].to(args.device, memory_format=torch.channels_last))
     for module in norms:
         module.momentum = 0.1
+        module.running_mean.copy_(all_sum(module.running_mean) / world_size())
+        module.running_var.copy_(all_sum(module.running_var) / world_size())
     model.eval()
 
 
@@ -965,6 +974,7 @@ def shared_parser(doc):
     add("--data-root", metavar="DIR",
         help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
     add("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator")
+    add("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world")
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
     add("--backbone", choices=("resnet101", "resnet50", "resnet18", "vgg16"), default=by_source("resnet18", "resnet101"),
@@ -983,7 +993,7 @@ def shared_parser(doc):
         help="SGD as in the papers; AdamW learns faster from random weights")
     add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
-    add("--batch-size", type=int, metavar="N", default=by_source(4, 2),
+    add("--batch-size", type=positive_int, metavar="N", default=by_source(4, 2),
         help="images per step and domain, over all processes")
     add("--freeze-bn", action=argparse.BooleanOptionalAction, default=by_source(False, True),
         help="train with frozen batch-norm statistics and affine parameters")
@@ -1017,6 +1027,13 @@ def height_width(text):
     return int(height), int(width)
 
 
+def positive_int(text):
+    """argparse type: a whole number above zero."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
 def default_precision():
     """bf16 on a CPU with bf16 instructions (see the README for what that gains), fp32 elsewhere."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
@@ -1042,6 +1059,12 @@ def all_sum(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast(tensor):
+    """Overwrites a tensor with process 0's."""
+    if world_size() > 1:
+        dist.broadcast(tensor.detach(), 0)
 
 
 def all_gather(values):
@@ -1237,7 +1260,7 @@ def to_device(batch, device):
 
 def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
-    return {"source": args.source, "toy_world": args.toy_world, "backbone": args.backbone,
+    return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
             "size": list(args.size), "classes": list(task_classes(args.source)), "model": model.state_dict()}
 
 
@@ -1255,7 +1278,7 @@ def load_init(model, args, run):
 
 def unpack_model(checkpoint, path):
     """DeepLabV2 from a checkpoint of any method; InputError if the file is not one of ours."""
-    missing = {"source", "backbone", "classes", "size", "model"} - set(checkpoint)
+    missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
     model = DeepLabV2(len(checkpoint["classes"]), checkpoint["backbone"])
@@ -1307,6 +1330,7 @@ def main():
     parser.add_argument("--source", choices=("toy", "gta5", "synthia"), default="toy", help="which pair")
     parser.add_argument("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
     parser.add_argument("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator (default 0)")
+    parser.add_argument("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world (default 400)")
     parser.add_argument("--samples", type=int, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
     parser.add_argument("--picture", default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
     args = parser.parse_args()

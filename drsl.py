@@ -6,11 +6,11 @@
 READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*; it is not a reproduction. No
 official code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the project page
 were available. Labels such as DRSL-6 are this project's own, the paper's equation numbers are unknown, and no mIoU of
-the paper is quoted because none was found. Every statement below carries its origin:
+the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
     [S] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
     [G] the same group's earlier code (LSE, MLSL)            [F] field convention (CRST, AdaptSegNet, DeepLab)
-    [I] inferred for this reconstruction                     [U] unknown: a choice of ours, and a flag
+    [I] inferred for this reconstruction                     [U] unknown: a choice of ours
 
 The idea in five sentences [S]
 ------------------------------
@@ -40,10 +40,10 @@ Equations
     DRSL-4c  P_mm(c|e) = softmax_c(s max_k p_ck), s = 15          (--posterior max; what RepMet's code trains)    [R]
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                                 [R]
     DRSL-6   L_marg = mean_i [ min_k d2_yk - min_{c != y, k} d2_ck + alpha ]_+                                    [R]
-    DRSL-7   L_mm = L_marg + L_mmce, on source with y, on target with pseudo-labels   ("over pseudo-labels" [S], rest [I])
-    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)                             [I]
+    DRSL-7   L_mm = L_marg + L_mmce, on target "over pseudo-labels" [S], on source with y [I], equal weights [R, for DRSL U]
+    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)             inside the class [S], rest [U]
              m_i ~ Cat(q), q_k = p_yk / sum_k' p_yk'              (--assignment stochastic, DRSL-9B)              [U]
-    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2                        [I]
+    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2        kind [S], form [U]
              A: the (c,k) with a source and a target pixel in the batch; a_j, b_j uniform with replacement
     DRSL-9C  triplet: [ |e^t - e^s_+|^2 - |e^t - e^s_-|^2 + alpha ]_+, e^s_- of another class                     [U]
     DRSL-9D  centroid: mean over A of |mu^s_ck - mu^t_ck|^2                                                       [U]
@@ -53,36 +53,46 @@ Equations
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                               [F]
     DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                                  [F]
 
+No gradient flows through m, q and pseudo-labels. DRSL-4, -5, -6 and -9 run over the pixels that choice 4 leaves. Not
+implemented: focal loss (2f), the unscaled maximum (4b), and SoftTriple, Magnet and triplet losses in place of 6 (11 to 13).
+
 The algorithm                                                                          paper's notion -> function
 -------------                                                                          --------------------------
 1. Source-only training [F], or --init.                                                train_source
 2. Mode warm-up on source [I]: the head alone for a while, then K-means per class      train_modes, kmeans_modes
    on the sphere sets R, then head and network jointly.
 3. Rounds [F]: label the target train images with the present network,                 label_target, class_thresholds,
-   class-balanced;                                                                     pseudo_labels
+   class-balanced (DRSL-14, -15, -16);                                                 pseudo_labels
    then train on batches of source and target images with DRSL-10:                     main
-     the multi-modal head and its distances                                            ModeHead
-     multi-modal distribution learning                                                 mode_cross_entropy, margin_loss
-     mode assignment and stochastic mode alignment                                     assign_modes, draw_modes,
-                                                                                       stochastic_mode_alignment
+     segmentation head, DRSL-1, -2                                                     segmentation_loss
+     multi-modal head and its distances, DRSL-3                                        ModeHead
+     multi-modal distribution learning, DRSL-4 to -7                                   mode_cross_entropy, margin_loss
+     mode assignment, DRSL-8                                                           assign_modes, draw_modes
+     stochastic mode alignment, DRSL-9                                                 stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-Choices where the sources are silent or differ           source                            here
----------------------------------------------           ------                            ----
- 1. distance in the margin loss                           RepMet prints d, its code has d^2  d^2
- 2. sigma with DRSL-4a                                    RepMet 0.5                        0.3: on the sphere 0.5 cannot
-                                                                                             get below 0.67 nats (C=19, K=3)
- 3. where the mode losses live                            unknown                           stride 8, labels nearest
- 4. class balance in L_mm                                 unknown                           at most --pixels per class, image
- 5. K, embedding size, lambdas, M, pairs' gradients       unknown                           3, 256, 0.1 and 0.1, 64, both sides
- 6. pseudo-labels                                         unknown; CRST: CBST, mirrored      the same; thresholds from every 4th
-                                                          inputs averaged                   image and every 8th row and column
- 7. batch norm                                            CRST: running statistics          frozen on real data, live on the
-                                                                                             toy (see --freeze-bn)
- 8. source images in a round                              CRST: 3 to 6 % of the source set   a fresh batch every step
- 9. background score of RepMet                            detection only                    none: void pixels are ignored
+Choices where the sources are silent or differ: source / here
+-------------------------------------------------------------
+ 1. Distance in the margin loss. RepMet prints d, its code uses d^2 / d^2.
+ 2. sigma with DRSL-4a. RepMet 0.5 / 0.3, because on the sphere 0.5 cannot get below 0.67 nats (C = 19, K = 3).
+ 3. Resolution of the mode losses. Unknown / stride 8, labels by nearest neighbour.
+ 4. Class balance of the mode losses and the alignment. Unknown / at most --pixels random pixels per class and image.
+ 5. K, E, lambdas, M, whether alignment moves both domains. Unknown / 3, 256, 0.1 and 0.1, 64, yes; all flags.
+    What "stochastic" means in stochastic mode alignment. Unknown / random pixel pairs; random modes are a flag.
+ 6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
+    pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
+ 7. Optimizer. CRST: SGD, a fresh one every round / one for all rounds, and its learning rate rises over the first --ramp
+    steps. On the toy, where it is AdamW, a fresh one every round cost what self-training had gained: its first steps
+    move every weight by the full learning rate, and rare classes are forgotten first.
+ 8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
+    own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm).
+ 9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
+10. Background score. RepMet has one for detection / none: void pixels are ignored.
+11. Images in an SMA step, dead modes. Unknown / the --batch-size images of each domain, no memory bank; modes are not
+    seeded again. The log's `shared` is |A|: how many of the C K modes had partners in the step.
+12. Learning rate of the mode head. Unknown / ten times the backbone's.
 
-    python drsl.py                                                # toy world: warm-up, three rounds, table, picture
+    python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain class-balanced self-training
     python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
@@ -227,6 +237,14 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
     return masked_mean(loss, others > 0)
 
 
+def count_shared_modes(labels_s, modes_s, labels_t, modes_t, shape):
+    """|A| of DRSL-9: in how many (class, mode) of shape (C, K) lie both source and target pixels; none labelled 255."""
+    seen_s, seen_t = torch.zeros(2, *shape, dtype=torch.bool, device=labels_s.device)
+    seen_s[labels_s, modes_s] = True
+    seen_t[labels_t, modes_t] = True
+    return (seen_s & seen_t).sum()
+
+
 def class_thresholds(confidence, label, num_classes, portion):
     """DRSL-14: tau (C,), the confidence above which the best `portion` of the pixels predicted as each class lies.
 
@@ -361,12 +379,16 @@ def mode_loss(d2, labels, args):
 def train_modes(model, head, dataset, args, run):
     """Step 2: the multi-modal head learns on source before any pseudo-label exists [I]. Checkpoints: modes.pt.
 
-    For --head-iterations the network stands still, then k-means places the representatives, then for
-    --joint-iterations head and network learn together with L_seg^s + lambda_mm L_mm^s.
+    For --head-iterations the network stands still and the head learns from L_mm^s, then k-means places the representatives,
+    then for --joint-iterations head and network learn together from L_seg^s + lambda_mm L_mm^s.
     """
     optimizer, start, steps = make_optimizer_with_modes(model, head, args), 0, args.head_iterations + args.joint_iterations
     if args.resume and (run.folder / "modes.pt").exists():
         start = load_training(run.folder / "modes.pt", model, head, optimizer)["step"]
+    if args.head_iterations == start == 0:
+        place_modes(model, head, args)
+    if steps == 0:
+        run.save("modes.pt", pack_training(model, head, optimizer, args, step=0))
     batches = common.training_batches(dataset, args, seed=common.mix_seed(args.seed, 1), start=start, stop=steps)
     for step, batch in enumerate(batches, start + 1):
         joint = step > args.head_iterations
@@ -379,11 +401,12 @@ def train_modes(model, head, dataset, args, run):
             e = head(features)  # (N, E, h, w)
         e, y = balanced_pixels(e, label, args.pixels, generator_for(args, 2, step))  # (n, E), (n,)
         mm = mode_loss(head.squared_distances(e), y, args)
-        loss = args.lambda_mm * mm + (segmentation_loss(logits, label) if joint else 0)
-        descend(loss, optimizer, model, head)
+        loss = segmentation_loss(logits, label) + args.lambda_mm * mm if joint else mm
+        descend(loss, optimizer, *([model, head] if joint else [head]))
         run.watch("modes", step, steps, mm=mm, loss=loss)
         if step == args.head_iterations:
             place_modes(model, head, args)
+            optimizer.state.pop(head.representatives, None)  # momentum of the representatives that k-means replaced
         if run.time_to_save(step, steps):
             run.save("modes.pt", pack_training(model, head, optimizer, args, step=step))
 
@@ -404,6 +427,7 @@ def place_modes(model, head, args, images=400, per_class=2000):
         es.append(e)
         labels.append(y)
     head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
+    common.broadcast(head.representatives)  # one set of modes for all processes
 
 
 @torch.no_grad()
@@ -503,7 +527,7 @@ def parse_args():
     add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
     add("--alpha", type=float, default=0.5, help="margin on squared distances [R]")
     add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a or DRSL-4c [U]")
-    add("--pixels", type=int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm, at most [U]")
+    add("--pixels", type=int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm and L_sma, at most [U]")
     add("--lambda-t", type=float, default=1.0, help="weight of the target cross-entropy [U]")
     add("--lambda-mm", type=float, default=0.1, help="weight of the mode losses [U]")
     add("--lambda-sma", type=float, default=0.1, help="weight of stochastic mode alignment [U]")
@@ -530,6 +554,7 @@ def main():
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
 
     # Step 2: modes of the source classes. Without mode losses there is no use for them.
+    torch.manual_seed(common.mix_seed(args.seed, 7))  # the head's start does not depend on what was drawn before
     head = ModeHead(model.feature_dim, len(classes), args.modes, args.embedding).to(args.device)
     use_modes = args.lambda_mm > 0 or args.lambda_sma > 0
     resumed = args.resume and (run.folder / "last.pt").exists()
@@ -556,7 +581,7 @@ def main():
         batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
-            ramp = min(1.0, done / args.ramp)  # new statistics of AdamW or momentum must not throw the network about
+            ramp = min(1.0, done / max(args.ramp, 1))  # new statistics of AdamW or momentum must not throw the network about
             set_lr(optimizer, ramp * poly_lr(args.lr, done - 1, args.iterations, args.power))
             x_s, y_s = common.to_device(batch_s, args.device)
             x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
@@ -577,6 +602,7 @@ def main():
                     m_s, m_t = assign_modes(d2_s, y_s), assign_modes(d2_t, y_t)
                 else:
                     m_s, m_t = draw_modes(d2_s, y_s, args.sigma, generator), draw_modes(d2_t, y_t, args.sigma, generator)
+                losses["shared"] = count_shared_modes(y_s, m_s, y_t, m_t, d2_s.shape[1:])  # |A|: without partners L_sma is 0
                 losses["sma"] = stochastic_mode_alignment(e_s.detach() if args.stop_gradient else e_s, y_s, m_s, e_t, y_t, m_t,
                                                           args.pairs, args.alignment, args.alpha, generator)  # DRSL-9
                 loss = loss + args.lambda_mm * (losses["mm_s"] + losses["mm_t"]) + args.lambda_sma * losses["sma"]  # DRSL-10

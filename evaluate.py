@@ -79,26 +79,29 @@ def parse_args():
 
 def main():
     args = parse_args()
-    columns, models, tasks = {}, {}, []
-    for path, title in zip(args.checkpoints, titles_of(args.checkpoints)):
-        checkpoint = common.read_checkpoint(path)
-        model = common.unpack_model(checkpoint, path).to(args.device, memory_format=torch.channels_last)
+    checkpoints = [common.read_checkpoint(path) for path in args.checkpoints]
+    networks = [common.unpack_model(checkpoint, path) for checkpoint, path in zip(checkpoints, args.checkpoints)]
+    tasks = []
+    for checkpoint in checkpoints:
         task = argparse.Namespace(**vars(args))
-        task.source, task.toy_world = checkpoint["source"], checkpoint["toy_world"]
+        task.source, task.toy_world, task.toy_images = (checkpoint[key] for key in ("source", "toy_world", "toy_images"))
         task.size = args.size or tuple(checkpoint["size"])
+        tasks.append(task)
+    if args.panel and len({(task.source, task.toy_world, task.size) for task in tasks}) > 1:
+        raise common.InputError("--panel needs checkpoints of one source, toy world and size")
+
+    columns, models = {}, {}
+    for checkpoint, model, task, title in zip(checkpoints, networks, tasks, titles_of(args.checkpoints)):
         visit = None
         if args.export is not None:
-            folder = args.export / title.replace("/", "-") if len(args.checkpoints) > 1 else args.export
+            folder = args.export / title.replace("/", "-") if len(checkpoints) > 1 else args.export
             visit = exporter(folder, checkpoint["classes"])
+        models[title] = model.to(args.device, memory_format=torch.channels_last)
         columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
-        models[title] = model
-        tasks.append(task)
     print(common.score_table(columns))
     if args.json:
         common.write_atomically(Path(args.json), lambda path: path.write_text(json.dumps(columns, indent=1)))
     if args.panel:
-        if len({(task.source, task.toy_world, task.size) for task in tasks}) > 1:
-            raise common.InputError("--panel needs checkpoints of one source, toy world and size")
         common.comparison_panel(args.panel, models, tasks[0], args.split)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).parent.parent
-TINY = ["--device", "cpu", "--size", "32x64", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
+TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
 ENVIRONMENT = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "2"}
 
 

@@ -28,7 +28,7 @@ def real_checkpoint(folder, source="synthia"):
     torch.manual_seed(0)
     classes = common.task_classes(source)
     model = common.DeepLabV2(len(classes), "resnet18")
-    args = argparse.Namespace(source=source, toy_world=0, backbone="resnet18", size=(32, 64))
+    args = argparse.Namespace(source=source, toy_world=0, toy_images=400, backbone="resnet18", size=(32, 64))
     torch.save(common.pack_model(model, args), folder / f"{source}.pt")
     return model
 

@@ -118,7 +118,7 @@ def test_bad_input_is_one_line(tmp_path):
 
 def test_a_short_run_learns(tmp_path):
     """Chance is about 3 mIoU; 150 steps on small pictures must leave it far behind, and the loss must fall."""
-    run(tmp_path, "source_only.py", "--device", "cpu", "--size", "48x96", "--iterations", 150, "--out", "run")
+    run(tmp_path, "source_only.py", "--device", "cpu", "--size", "48x96", "--toy-images", 200, "--iterations", 150, "--out", "run")
     losses = [json.loads(line)["ce"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     assert result(tmp_path / "run")["columns"]["source only"]["miou"] > 8
