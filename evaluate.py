@@ -3,6 +3,7 @@
     python evaluate.py runs/source_only-toy-s0/last.pt runs/drsl-toy-s0/last.pt --panel compare.png
     python evaluate.py CKPT --data-root DIR --scales 0.75 1.0 1.25 --flip
     python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
+    python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2   # mean and deviation over runs of several seeds
 
 One table: classes down, checkpoints across, then mIoU (the mean over the classes that occur in the labels) and, for
 models of the 16 SYNTHIA classes, also the mean over 13. Source, size and classes come from the checkpoint. Images go in
@@ -51,6 +52,26 @@ def exporter(folder, classes):
     return export
 
 
+def summary(folders):
+    """Text: mean and sample standard deviation of every column that the result.json of several runs share."""
+    results = []
+    for folder in folders:
+        try:
+            results.append(json.loads((folder / "result.json").read_text())["columns"])
+        except (OSError, ValueError, KeyError) as error:
+            raise common.InputError(f"{folder / 'result.json'}: not the result of a finished run ({type(error).__name__})") from error
+    lines = [f"mean ± standard deviation over {len(results)} runs"]
+    for title in [title for title in results[0] if all(title in result for result in results)]:
+        cells = []
+        for key, name in (("miou", "mIoU"), ("miou13", "mIoU, 13")):
+            values = np.array([result[title][key] for result in results if key in result[title]])
+            if len(values):
+                deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
+                cells.append(f"{name} {values.mean():5.1f} ± {deviation:.1f}")
+        lines.append(f"{title:14}" + "   ".join(cells))
+    return "\n".join(lines)
+
+
 def positive(text):
     """argparse type: a number above zero."""
     value = float(text)
@@ -62,7 +83,8 @@ def positive(text):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", type=Path, help="checkpoints of any method, scored in this order")
+    add("checkpoints", nargs="*", metavar="CKPT", type=Path, help="checkpoints of any method, scored in this order")
+    add("--summary", nargs="+", metavar="RUN", type=Path, help="instead: mean and deviation over these run folders")
     add("--data-root", metavar="DIR", help="holds cityscapes/; the toy world needs none")
     add("--split", choices=("train", "val"), default="val", help="of the target; its labels are opened either way")
     add("--size", type=common.height_width, metavar="HxW", help="input size; None means the checkpoint's")
@@ -74,11 +96,17 @@ def parse_args():
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=common.default_precision(), help="of the network")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.checkpoints) == bool(args.summary):
+        parser.error("give either checkpoints or --summary with run folders")
+    return args
 
 
 def main():
     args = parse_args()
+    if args.summary:
+        print(summary(args.summary))
+        return
     checkpoints = [common.read_checkpoint(path) for path in args.checkpoints]
     networks = [common.unpack_model(checkpoint, path) for checkpoint, path in zip(checkpoints, args.checkpoints)]
     tasks = []

@@ -110,6 +110,17 @@ def test_bad_input_is_one_line(toy, tmp_path):
     assert "above zero" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
 
 
+def test_summary_over_seeds(tmp_path):
+    for i, (source, drsl) in enumerate([(30.0, 40.0), (32.0, 44.0), (34.0, 42.0)]):
+        (tmp_path / str(i)).mkdir()
+        columns = {"source only": {"miou": source, "miou13": source + 1}, "DRSL": {"miou": drsl}}
+        (tmp_path / f"{i}/result.json").write_text(json.dumps({"columns": columns}))
+    header, source, drsl = run(tmp_path, "evaluate.py", "--summary", 0, 1, 2).splitlines()
+    assert "3 runs" in header and "32.0 ± 2.0" in source and "33.0 ± 2.0" in source and "42.0 ± 2.0" in drsl
+    assert "result.json" in run(tmp_path, "evaluate.py", "--summary", 0, 7, ok=False)
+    assert "either" in run(tmp_path, "evaluate.py", ok=False)
+
+
 def test_titles_are_short_and_distinct():
     from pathlib import Path
 
