@@ -658,7 +658,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, start):
 @pytest.mark.skipif(not STREETS.exists(), reason=f"needs the photographs of {STREETS.name}, which are not part of the project")
 def test_real_photographs(tmp_path):
     run(tmp_path, "drsl.py", "--source", "synthia", "--data-root", STREETS, "--backbone", "resnet18", "--backbone-weights", "none",
-        "--workers", 0, *FEW)
+        "--workers", 0, *FEW, "--batch-size", 8)
     scores = result(tmp_path / "runs/drsl-synthia-s0")
     assert sum(value is not None for value in scores["iou"].values()) >= 7
 

@@ -93,7 +93,7 @@ def test_several_checkpoints_export_into_folders_of_their_own(tmp_path):
     assert "terrain" in out  # classes of both tasks, a dash where a model has none
 
 
-def test_official_evaluator_agrees(tmp_path):
+def test_label_ids_are_those_of_the_official_scripts():
     labels = pytest.importorskip("cityscapesscripts.helpers.labels", reason="the official cityscapesScripts are not installed")
     ids = {label.name: label.id for label in labels.labels}
     assert [ids[name] for name in common.CLASSES] == common.label_ids(common.CLASSES)
