@@ -92,6 +92,9 @@ Choices where the sources are silent or differ: source / here
     seeded again. The log's `shared` is |A|: how many of the C K modes had partners in the step.
 12. Learning rate of the mode head. Unknown / ten times the backbone's.
 
+Expect on the toy (two cores of an AMD EPYC, bf16, seeds 0 to 2): source only 35.5, with re-estimated batch norm 41.0, DRSL
+41.9 mIoU; 5 minutes from nothing, 1.2 GB. The README says what of it is due to what.
+
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain class-balanced self-training
     python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
