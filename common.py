@@ -647,7 +647,7 @@ class Batches(Dataset):
 
 def mix_seed(*numbers):
     """A well-mixed 64-bit seed from several small non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def training_batches(dataset, args, seed, start, stop):
