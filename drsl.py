@@ -82,8 +82,8 @@ Choices where the sources are silent or differ: source / here
  6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
     pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
  7. Optimizer. CRST: SGD, a fresh one every round / one for all rounds, and its learning rate rises over the first --ramp
-    steps. On the toy, where it is AdamW, a fresh one every round cost what self-training had gained: its first steps
-    move every weight by the full learning rate, and rare classes are forgotten first.
+    steps. On the toy (AdamW) this came with a better score, but rate and rounds were changed with it: the effect was not
+    isolated. Our guess is that AdamW's first steps, which move every weight by the full rate, cost the rare classes most.
  8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
     own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm).
  9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
@@ -100,13 +100,11 @@ Expect on the toy (two cores of an AMD EPYC, bf16, seeds 0 to 2): source only 35
     python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
 
-import argparse
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import common

@@ -31,8 +31,6 @@ target images get it for free, so it stands in every comparison. (With --freeze-
     python source_only.py --source synthia --data-root DIR      # then: python drsl.py ... --init runs/.../last.pt
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
@@ -101,7 +99,7 @@ def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
     add("--iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="training steps")
-    add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is ten times it")
+    add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)
 
