@@ -650,6 +650,11 @@ def mix_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
+def generator(args, purpose, step):
+    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew."""
+    return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step, rank()))
+
+
 def training_batches(dataset, args, seed, start, stop):
     """Iterator over the batches of the steps start..stop-1, decoded by args.workers processes."""
     return iter(DataLoader(Batches(dataset, args.batch_size, seed), batch_size=None, sampler=range(start, stop),
@@ -776,8 +781,8 @@ def adapt_batch_norm(model, args, images=400):
             model(batch["image"].to(args.device, memory_format=torch.channels_last))
     for module in norms:
         module.momentum = 0.1
-        module.running_mean.copy_(all_sum(module.running_mean) / world_size())
-        module.running_var.copy_(all_sum(module.running_var) / world_size())
+        module.running_mean.copy_(average(module.running_mean))
+        module.running_var.copy_(average(module.running_var))
     model.eval()
 
 
@@ -875,6 +880,14 @@ def evaluate_source_only(model, args):
     return columns
 
 
+def compare_with_source_only(model, args, run, title):
+    """The end of every method: its model beside the run's source-only model, as table, result.json and picture."""
+    path = run.folder / "source_only.pt"
+    source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+    run.finish({**evaluate_source_only(source_model, args), title: evaluate_target(model, args)})
+    comparison_panel(run.folder / "panel.png", {"source only": source_model, title: model}, args)
+
+
 def scores(metric, classes):
     """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
 
@@ -961,10 +974,10 @@ def by_source(toy, gta5, synthia=None):
     return BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
 
 
-def shared_parser(doc):
+def shared_parser(doc, adapts=False):
     """The parser with the flags that mean the same in every script; each file adds its paper's own.
 
-    doc: the script's docstring, whose first paragraph becomes the description.
+    doc: the script's docstring, whose first paragraph becomes the description. adapts: also those of every method.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1003,6 +1016,12 @@ def shared_parser(doc):
     add("--workers", type=int, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
     add("--log-every", type=int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
     add("--save-every", type=int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
+    if adapts:
+        add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
+        add("--warmup-iterations", type=int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
+        add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
+        add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
+        add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
     return parser
 
 
@@ -1059,6 +1078,11 @@ def all_sum(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def average(tensor):
+    """Mean of a tensor over all processes."""
+    return all_sum(tensor) / world_size()
 
 
 def broadcast(tensor):
@@ -1262,6 +1286,20 @@ def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
     return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
             "size": list(args.size), "classes": list(task_classes(args.source)), "model": model.state_dict()}
+
+
+def pack_training(model, optimizer, args, step, **parts):
+    """`pack_model` and the rest of the training state: optimizer, step, and the state of each named part."""
+    return {**pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step,
+            **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def load_training(path, model, optimizer, **parts):
+    """Restores what pack_training stored and returns the step it was stored at."""
+    saved = read_checkpoint(path)
+    for name, part in {"model": model, "optimizer": optimizer, **parts}.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
 
 
 def load_init(model, args, run):

@@ -322,7 +322,8 @@ def segmentation_loss(logits, label):
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    return total / (label != common.IGNORE).sum().clamp(min=1)
+    valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
+    return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
@@ -345,7 +346,15 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def train_source(model, dataset, args, run, file, steps, lr):
+def descend(loss, optimizer, *modules):
+    """One step of gradient descent; under torchrun every process takes the same one."""
+    optimizer.zero_grad()
+    loss.backward()
+    common.average_gradients(*modules)
+    optimizer.step()
+
+
+def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
     optimizer, start = make_optimizer(model, args), 0
     if args.resume and (run.folder / file).exists():
@@ -360,12 +369,9 @@ def train_source(model, dataset, args, run, file, steps, lr):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             _, logits = model(image)
-        loss = segmentation_loss(logits, label)
-        optimizer.zero_grad()
-        loss.backward()
-        common.average_gradients(model)
-        optimizer.step()
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], ce=loss)
+        loss = criterion(logits, label)
+        descend(loss, optimizer, model)
+        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
             run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
     model.eval()
@@ -385,11 +391,11 @@ def train_modes(model, head, dataset, args, run):
     """
     optimizer, start, steps = make_optimizer_with_modes(model, head, args), 0, args.head_iterations + args.joint_iterations
     if args.resume and (run.folder / "modes.pt").exists():
-        start = load_training(run.folder / "modes.pt", model, head, optimizer)["step"]
+        start = common.load_training(run.folder / "modes.pt", model, optimizer, head=head)
     if args.head_iterations == start == 0:
         place_modes(model, head, args)
     if steps == 0:
-        run.save("modes.pt", pack_training(model, head, optimizer, args, step=0))
+        run.save("modes.pt", common.pack_training(model, optimizer, args, 0, head=head))
     batches = common.training_batches(dataset, args, seed=common.mix_seed(args.seed, 1), start=start, stop=steps)
     for step, batch in enumerate(batches, start + 1):
         joint = step > args.head_iterations
@@ -400,7 +406,7 @@ def train_modes(model, head, dataset, args, run):
             features, logits = model(image)
         with common.autocast(args.device, args.precision):
             e = head(features)  # (N, E, h, w)
-        e, y = balanced_pixels(e, label, args.pixels, generator_for(args, 2, step))  # (n, E), (n,)
+        e, y = balanced_pixels(e, label, args.pixels, common.generator(args, 2, step))  # (n, E), (n,)
         mm = mode_loss(head.squared_distances(e), y, args)
         loss = segmentation_loss(logits, label) + args.lambda_mm * mm if joint else mm
         descend(loss, optimizer, *([model, head] if joint else [head]))
@@ -409,7 +415,7 @@ def train_modes(model, head, dataset, args, run):
             place_modes(model, head, args)
             optimizer.state.pop(head.representatives, None)  # momentum of the representatives that k-means replaced
         if run.time_to_save(step, steps):
-            run.save("modes.pt", pack_training(model, head, optimizer, args, step=step))
+            run.save("modes.pt", common.pack_training(model, optimizer, args, step, head=head))
 
 
 @torch.no_grad()
@@ -424,7 +430,7 @@ def place_modes(model, head, args, images=400, per_class=2000):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             e = head(model(image)[0])  # (N, E, h, w)
-        e, y = balanced_pixels(e, label, share, generator_for(args, 3, len(es)))  # (n, E), (n,)
+        e, y = balanced_pixels(e, label, share, common.generator(args, 3, len(es)))  # (n, E), (n,)
         es.append(e)
         labels.append(y)
     head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
@@ -478,48 +484,14 @@ def make_optimizer_with_modes(model, head, args):
     return optimizer
 
 
-def descend(loss, optimizer, *modules, clip=10.0):
-    """Backward, gradient norm clipped to 10 [U], step."""
-    optimizer.zero_grad()
-    loss.backward()
-    common.average_gradients(*modules)
-    torch.nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], clip)
-    optimizer.step()
-
-
-def generator_for(args, purpose, step):
-    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew."""
-    seed = common.mix_seed(args.seed, purpose, step, common.rank())
-    return torch.Generator(args.device).manual_seed(seed)
-
-
-def pack_training(model, head, optimizer, args, **counters):
-    """Checkpoint of the whole training state: what `load_training` restores, and a model that evaluate.py reads."""
-    return {**common.pack_model(model, args), "head": head.state_dict(), "optimizer": optimizer.state_dict(), **counters}
-
-
-def load_training(path, model, head, optimizer):
-    """Restores what pack_training stored and returns the checkpoint with its counters."""
-    saved = common.read_checkpoint(path)
-    model.load_state_dict(saved["model"])
-    head.load_state_dict(saved["head"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved
-
-
 def parse_args():
-    parser = common.shared_parser(__doc__)
+    parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
-    add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-    add("--warmup-iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="steps of source-only training")
-    add("--warmup-lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="its base learning rate")
     add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
     add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
     add("--rounds", type=int, metavar="N", default=common.by_source(2, 4), help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=int, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
     add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-5), help="base learning rate of the adaptation [F]")
-    add("--power", type=float, metavar="X", default=common.by_source(0.9, 0.0), help="poly decay of it over all rounds; CRST: 0 [F]")
-    add("--ramp", type=int, metavar="T", default=common.by_source(40, 500), help="steps over which the learning rate rises at the start")
     add("--portion", type=float, metavar="p_0", default=common.by_source(0.3, 0.2), help="kept share of each predicted class, first round [F]")
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
     add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.5, 0.5), help="its bound [F]")
@@ -565,7 +537,7 @@ def main():
     # Step 3: rounds of pseudo-labels and training on both domains.
     optimizer, done = make_optimizer_with_modes(model, head, args), 0
     if resumed:
-        done = load_training(run.folder / "last.pt", model, head, optimizer)["step"]
+        done = common.load_training(run.folder / "last.pt", model, optimizer, head=head)
     augment = common.training_augment(args.size, args.crop, args.scale_jitter)
     for r in range(args.rounds):
         first, last = args.iterations * r // args.rounds, args.iterations * (r + 1) // args.rounds
@@ -594,7 +566,7 @@ def main():
             if use_modes:
                 with common.autocast(args.device, args.precision):
                     e_s, e_t = head(features_s), head(features_t)  # (N, E, h, w)
-                generator = generator_for(args, 6, done)
+                generator = common.generator(args, 6, done)
                 e_s, y_s = balanced_pixels(e_s, y_s, args.pixels, generator)  # (n, E), (n,)
                 e_t, y_t = balanced_pixels(e_t, y_t, args.pixels, generator)
                 d2_s, d2_t = head.squared_distances(e_s), head.squared_distances(e_t)  # (n, C, K)
@@ -611,15 +583,12 @@ def main():
             descend(loss, optimizer, model, head)
             run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
             if run.time_to_save(done, args.iterations):
-                run.save("last.pt", pack_training(model, head, optimizer, args, step=done))
+                run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
 
     # Step 4: both models on the target's validation split.
     common.adapt_batch_norm(model, args)
-    run.save("last.pt", pack_training(model, head, optimizer, args, step=done))
-    source_model = common.unpack_model(common.read_checkpoint(run.folder / "source_only.pt"), "source_only.pt").to(args.device)
-    columns = {**common.evaluate_source_only(source_model, args), "DRSL": common.evaluate_target(model, args)}
-    run.finish(columns)
-    common.comparison_panel(run.folder / "panel.png", {"source only": source_model, "DRSL": model}, args)
+    run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
+    common.compare_with_source_only(model, args, run, "DRSL")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def segmentation_loss(logits, label):
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    return total / (label != common.IGNORE).sum().clamp(min=1)
+    valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
+    return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
@@ -68,7 +69,15 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def train_source(model, dataset, args, run, file, steps, lr):
+def descend(loss, optimizer, *modules):
+    """One step of gradient descent; under torchrun every process takes the same one."""
+    optimizer.zero_grad()
+    loss.backward()
+    common.average_gradients(*modules)
+    optimizer.step()
+
+
+def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
     optimizer, start = make_optimizer(model, args), 0
     if args.resume and (run.folder / file).exists():
@@ -83,12 +92,9 @@ def train_source(model, dataset, args, run, file, steps, lr):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             _, logits = model(image)
-        loss = segmentation_loss(logits, label)
-        optimizer.zero_grad()
-        loss.backward()
-        common.average_gradients(model)
-        optimizer.step()
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], ce=loss)
+        loss = criterion(logits, label)
+        descend(loss, optimizer, model)
+        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
             run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
     model.eval()
