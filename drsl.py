@@ -358,10 +358,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
     optimizer, start = make_optimizer(model, args), 0
     if args.resume and (run.folder / file).exists():
-        saved = common.read_checkpoint(run.folder / file)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+        start = common.load_training(run.folder / file, model, optimizer)
     model.train()
     batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
     for step, batch in enumerate(batches, start + 1):
@@ -373,7 +370,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
         descend(loss, optimizer, model)
         run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
-            run.save(file, {**common.pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step})
+            run.save(file, common.pack_training(model, optimizer, args, step))
     model.eval()
 # --- end ---
 

@@ -50,7 +50,7 @@ def test_run_folder(tmp_path):
     folder = tmp_path / "runs/source_only-toy-s0"
     assert {p.name for p in folder.iterdir()} == {"args.json", "log.jsonl", "last.pt", "panel.png", "result.json"}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["ce"] > 0 for line in lines)
+    assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["loss"] > 0 for line in lines)
     scores = result(folder)
     assert list(scores["columns"]) == ["source only", "+ BN target"] and len(scores["iou"]) == 16
     assert {"miou", "miou13", "seconds", "peak_memory_gb", "versions"} <= set(scores)
@@ -87,7 +87,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
     message = run(tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False)
-    assert re.search(r"step \d+", message) and "ce" in message or "not finite" in message
+    assert re.search(r"step \d+", message) and "loss" in message or "not finite" in message
     if (tmp_path / "run/last.pt").exists():
         saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
         assert all(torch.isfinite(value).all() for value in saved.values())
@@ -119,6 +119,6 @@ def test_bad_input_is_one_line(tmp_path):
 def test_a_short_run_learns(tmp_path):
     """Chance is about 3 mIoU; 150 steps on small pictures must leave it far behind, and the loss must fall."""
     run(tmp_path, "source_only.py", "--device", "cpu", "--size", "48x96", "--toy-images", 200, "--iterations", 150, "--out", "run")
-    losses = [json.loads(line)["ce"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     assert result(tmp_path / "run")["columns"]["source only"]["miou"] > 8
