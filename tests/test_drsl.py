@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
@@ -668,7 +668,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     arguments = [*FEW, "--joint-iterations", 0, "--init", start, "--freeze-bn", "--precision", "fp32"]
     run(tmp_path, "drsl.py", *arguments, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command("drsl.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+                    *command("drsl.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert one["columns"]["source only"]["miou"] == pytest.approx(two["columns"]["source only"]["miou"], abs=0.05)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
