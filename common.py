@@ -68,6 +68,8 @@ _CLASSES = {
 CLASSES = tuple(_CLASSES)  # 19 names in trainId order
 SYNTHIA_16 = tuple(c for c in CLASSES if c not in ("terrain", "truck", "train"))
 SYNTHIA_13 = tuple(c for c in SYNTHIA_16 if c not in ("wall", "fence", "pole"))
+# The long tail: the classes that the statistics figure of CPSL marks.
+RARE = ("wall", "fence", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 
 
 def task_classes(source):
@@ -892,15 +894,22 @@ def scores(metric, classes):
     """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
-    stands beside it, another mean over the same 16-class predictions.
+    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
+    over classes of which none occurs is None.
     """
-    iou = metric.iou().tolist()
-    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, iou)},
-              "miou": 100 * metric.mean(metric.present())}
+    def mean(names):
+        indices = [i for i in metric.present() if classes[i] in names]
+        return 100 * metric.mean(indices) if indices else None
+
+    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, metric.iou().tolist())},
+              "miou": mean(classes)}
     if tuple(classes) == SYNTHIA_16:
-        thirteen = [classes.index(name) for name in SYNTHIA_13]
-        result["miou13"] = 100 * metric.mean(set(thirteen) & set(metric.present()))
+        result["miou13"] = mean(SYNTHIA_13)
+    result["rare"] = mean(RARE)
     return result
+
+
+MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare"}  # title in tables: key in `scores`
 
 
 def score_table(columns):
@@ -911,7 +920,7 @@ def score_table(columns):
     names = list(dict.fromkeys(name for result in results for name in result["iou"]))
     rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
     rows += [(title, [result.get(key) for result in results])
-             for title, key in (("mIoU", "miou"), ("mIoU, 13", "miou13"))]
+             for title, key in MEANS.items()]
     for name, values in rows:
         cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
         lines.append(f"{name:14}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))

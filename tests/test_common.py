@@ -399,6 +399,8 @@ def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirte
     metric.iou = lambda: iou
     metric.confusion += 1
     result = common.scores(metric, SYNTHIA_16)
+    rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
+    assert result["rare"] == pytest.approx(sum(rare) / 8)
     assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
 
 
@@ -407,6 +409,7 @@ def test_absent_classes_do_not_dilute_the_mean():
     metric.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 0, 1, 1]))  # 3 is only predicted
     result = common.scores(metric, SYNTHIA_16)
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
+    assert result["rare"] is None  # no class of the long tail occurs in the labels
     assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
