@@ -578,6 +578,16 @@ def test_one_command_runs_all_stages(tmp_path):
     assert panel.width > 4 * 300  # image | truth | source only | DRSL
 
 
+def test_the_total_loss_is_assembled_as_written(tmp_path, start):  # DRSL-10
+    weights = {"t": 0.7, "mm": 0.3, "sma": 0.2}
+    run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "run", *[w for k, v in weights.items() for w in (f"--lambda-{k}", v)])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines() if '"adapt"' in line]
+    assert len(lines) == 4 and all(line["mm_s"] > 0 and line["mm_t"] > 0 and line["sma"] > 0 for line in lines)
+    for line in lines:
+        expected = line["ce_s"] + 0.7 * line["ce_t"] + 0.3 * (line["mm_s"] + line["mm_t"]) + 0.2 * line["sma"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start):
     run(tmp_path, "drsl.py", *FEW, "--out", "here")
     run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "given")
