@@ -4,10 +4,11 @@
 
 Not a test: pytest does not collect this file, and no figure here is asserted anywhere. Every number is the median of
 several runs after a warm-up; memory is the peak that the call adds (on CUDA as the allocator tells it; on the CPU it is
-not measured).
+measured for SDCA's statistics alone, in processes of their own; their textbook form needs 6.3 GiB).
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import drsl
+import sdca
 
 
 def measure(function, device, runs=7):
@@ -134,16 +136,152 @@ def steps(device, precision, backbone, size, batch):
           f"ratio {full / plain:.2f}{memory}", flush=True)
 
 
+def class_statistics_textbook(features, labels, classes):
+    """SDCA-10 for one batch as ISDA wrote it down: every pixel spread over all classes, (n, C, D) tensors."""
+    member = F.one_hot(torch.where(labels == common.IGNORE, classes, labels), classes + 1)[:, :classes, None].to(features)  # (n, C, 1)
+    count = member.sum(0).clamp(min=1)  # (C, 1)
+    spread = features[:, None] * member  # (n, C, D)
+    mean = spread.sum(0) / count  # (C, D)
+    return mean, ((spread - mean) * member).square().sum(0) / count
+
+
+def bound_textbook(features, labels, mean, variance, tau=100.0):
+    """SDCA-5's right form: cross-entropy, and the variance of its own class gathered for every pixel."""
+    keep = labels != common.IGNORE
+    f, y = F.normalize(features[keep], dim=1), labels[keep]
+    mu, sigma = F.normalize(mean.to(f), dim=1), F.normalize(variance.to(f), dim=1)
+    z = (f @ mu.T + 0.5 * f.square() @ (sigma / tau).T) / tau
+    return F.cross_entropy(z, y) + (0.5 * f.square() * sigma[y]).sum(1).mean() / tau**2
+
+
+def lovasz_textbook(prob, label):
+    """The loop over classes, with differences of Jaccard indices."""
+    C = prob.shape[1]
+    p, y = prob.permute(0, 2, 3, 1).reshape(-1, C), label.flatten()
+    p, y = p[y != common.IGNORE], y[y != common.IGNORE]
+    losses = []
+    for c in y.unique():
+        truth = (y == c).float()
+        errors, order = (truth - p[:, c]).abs().sort(descending=True)
+        truth = truth[order]
+        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+        losses.append(errors @ torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]]))
+    return torch.stack(losses).mean()
+
+
+def medians_textbook(prob):
+    """SDCA-14 by sorting every pixel's confidence."""
+    confidence, label = prob.max(1)
+    values = [confidence[label == c].sort().values for c in range(prob.shape[1])]
+    return torch.stack([v[round(len(v) / 2)].clamp(max=0.9) if len(v) else v.new_zeros(()) for v in values])
+
+
+def one_feature_map(device, n=90 * 160, D=2048, C=19):
+    """Features and labels of one GTA5 image at stride 8, a twentieth of it void."""
+    labels = torch.randint(C, (n,), device=device)
+    labels[::20] = common.IGNORE
+    return torch.randn(n, D, device=device), labels, C
+
+
+def statistics_form(textbook, device="cpu"):
+    """A function without arguments that computes the class statistics of one feature map."""
+    features, labels, C = one_feature_map(device)
+    if textbook:
+        return lambda: class_statistics_textbook(features, labels, C)
+    return lambda: sdca.ClassStatistics(C, features.shape[1]).update(features, labels)
+
+
+def measure_alone(textbook, queue):
+    """For a process of its own: milliseconds (the faster of two calls) and peak GiB that the calls add to the process."""
+    function = statistics_form(textbook)
+    before, times = common.peak_memory(), []
+    for _ in range(2):
+        started = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - started))
+    queue.put((min(times), (common.peak_memory() - before) / 2**30))
+
+
+def sdca_equations(device):
+    """One GTA5 feature map: 90 x 160 grid positions, 2,048 channels, 19 classes; Lovasz on one crop of 512x1024."""
+    title = "SDCA-10 class statistics"
+    if device == "cuda":
+        report(title, statistics_form(False, device), statistics_form(True, device), device)
+    else:  # the peak of a process's memory never falls: each form gets a process
+        results, context = [], multiprocessing.get_context("spawn")
+        for textbook in (False, True):
+            queue = context.Queue()
+            process = context.Process(target=measure_alone, args=(textbook, queue))
+            process.start()
+            results.append(queue.get())
+            process.join()
+        (a, peak_a), (b, peak_b) = results
+        print(f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms   {b / a:6.1f} x faster   memory {peak_a:.3f} / {peak_b:.3f} GiB "
+              f"({peak_b / peak_a:.0f} x less)", flush=True)
+    features, labels, C = one_feature_map(device)
+    features.requires_grad_()
+    known = sdca.ClassStatistics(C, features.shape[1])
+    known.update(features, labels)
+    report("SDCA-5 bound, forward and backward", lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
+           lambda: bound_textbook(features, labels, known.mean, known.variance).backward(), device)
+    prob = torch.randn(1, C, 512, 1024, device=device).softmax(1).requires_grad_()
+    label = torch.randint(C, (1, 512, 1024), device=device)
+    report("SDCA-1 Lovasz-softmax, forward and backward", lambda: sdca.lovasz_softmax(prob, label).backward(),
+           lambda: lovasz_textbook(prob, label).backward(), device)
+    report("SDCA-14 medians of half a million pixels", lambda: sdca.class_thresholds(sdca.confidence_histogram(prob)),
+           lambda: medians_textbook(prob), device)
+
+
+def sdca_steps(device, precision, backbone, size, batch):
+    """One step of SDCA against the same step with cross-entropies on labels and pseudo-labels only."""
+    C = 19
+    model = common.DeepLabV2(C, backbone).to(device, memory_format=torch.channels_last)
+    common.freeze_batch_norm(model.train())
+    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, raw_statistics=False)
+    optimizer = sdca.make_optimizer(model, args)
+    sdca.set_lr(optimizer, 1e-6)
+    x_s, x_t = (torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+    y_s, y_t = (torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1)
+                .repeat_interleave(16, 2) for _ in range(2))
+    known = [sdca.ClassStatistics(C, D) for D in (model.feature_dim, C)]
+
+    def step(contrastive):
+        with common.autocast(device, precision):
+            maps_s, maps_t = model(x_s), model(x_t)
+        if contrastive:
+            loss = sdca.source_loss(maps_s[1], y_s, 0.75)
+            grid_s = sdca.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
+            grid_t = sdca.online_labels(maps_t[1], 0.0).flatten()  # the dearest case: every target pixel takes part
+            for level in (0, 1):
+                r_s, r_t = (sdca.representations(maps[level], args) for maps in (maps_s, maps_t))
+                sdca.pool_batch(known[level], r_s, grid_s)
+                for r, y in ((r_s, grid_s), (r_t, grid_t)):
+                    loss = loss + sdca.contrastive_bound(r, y, known[level].mean, known[level].variance)
+                sdca.cosines(r_t, grid_t, known[level].mean)
+        else:
+            loss = sdca.segmentation_loss(maps_s[1], y_s) + sdca.segmentation_loss(maps_t[1], y_t)
+        sdca.descend(loss, optimizer, model)
+
+    plain, plain_peak = measure(lambda: step(False), device)
+    full, full_peak = measure(lambda: step(True), device)
+    memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
+    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, SDCA {full:.0f} ms, "
+          f"ratio {full / plain:.2f}{memory}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     args = parser.parse_args()
     print(common.versions())
     equations(args.device)
+    sdca_equations(args.device)
     for precision in ("fp32", "bf16"):
         steps(args.device, precision, "resnet18", (80, 160), 4)
+        sdca_steps(args.device, precision, "resnet18", (80, 160), 4)
         if args.device == "cuda":
             steps(args.device, precision, "resnet101", (512, 1024), 2)
+            sdca_steps(args.device, precision, "resnet101", (512, 1024), 2)
 
 
 if __name__ == "__main__":
