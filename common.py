@@ -596,7 +596,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     """Random scale (of `size`), crop, flip and colour jitter as one function (image, label or None) -> the same.
 
     image uint8 (3, H, W), label uint8 (H, W). Where the scaled picture is smaller than `crop` it is padded, the label
-    with 255. Draws from torch's global generator, which `Batches` seeds for every item.
+    with 255. scale None: no scaling. Draws from torch's global generator, which `Batches` seeds for every item.
     """
     from torchvision import tv_tensors
     from torchvision.transforms import v2
@@ -604,7 +604,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     if crop[0] > size[0] or crop[1] > size[1]:
         raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than the image of --size {size[0]}x{size[1]}")
     transform = v2.Compose([
-        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
+        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True) if scale else v2.Identity(),
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
         v2.RandomHorizontalFlip(),
         v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),

@@ -27,8 +27,8 @@ Notation
     M target images   C classes (index c)   H x W image   h x w patch before enlarging   i a pixel
     P_i    softmax at pixel i of the whole image   y_i = argmax P_i, q_i = max P_i   E_i entropy, nats   E^_i normalised
     s_c    confidence of an image in class c       N_c   images in which c is predicted at all   k_c   images kept for c
-    x*_c   best image that c does not keep         u_c    mean E^ of the pixels of class c in an image   t_c   entropy threshold of c
-    T_r    selected images of round r
+    x*_c   best image that c does not keep         u_c    mean E^ of an image's pixels with y_i = c
+    t_c    entropy threshold of c                  T_r    selected images of round r
     p_r    portion of round r     n_p patches per image     beta weight, gamma exponent of the focal loss
     l_i    -ln P_i(label_i) of the network in training      V pixels whose label is not 255
 
@@ -326,7 +326,7 @@ class Patches(torch.utils.data.Dataset):
     def __init__(self, args, folder):
         self.images, self.folder, self.size = common.target_dataset(args, "train"), folder, args.size
         self.patches, self.scale = json.loads((folder / "round.json").read_text())["patches"], args.scale
-        self.augment = common.training_augment(args.size, args.size, (1.0, 1.0)) if args.augment else None
+        self.augment = common.training_augment(args.size, args.size, None) if args.augment else None
 
     def __len__(self):
         return len(self.patches)
