@@ -606,7 +606,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     if crop[0] > size[0] or crop[1] > size[1]:
         raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than the image of --size {size[0]}x{size[1]}")
     transform = v2.Compose([
-        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True) if scale else v2.Identity(),
+        v2.ScaleJitter(target_size=size[::-1], scale_range=scale, antialias=True) if scale else v2.Identity(),  # (W, H) here
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
         v2.RandomHorizontalFlip(),
         v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),
@@ -619,6 +619,11 @@ def training_augment(size, crop, scale, jitter=0.3):
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
     return augment
+
+
+def with_padding_mask(augment):
+    """`augment` for images without a label: they get one after all, 0 inside the picture and 255 where it is padded."""
+    return lambda image, label: augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
 
 
 class Batches(Dataset):
@@ -765,8 +770,9 @@ class FCN8s(nn.Module):
     these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j lies
     at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
 
-    The factors 0.01 and 0.0001 on pool4 and pool3 were made for Caffe's VGG, which sees images of 0 to 255; torchvision's
-    activations are smaller, and with it the two finer scores learn that much more slowly.
+    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its VGG sees
+    images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with Caffe's factors
+    pool3 would never learn. Both factors are therefore 255 * 0.226 = 58 times as large here. (Not measured on real data.)
     """
 
     def __init__(self, num_classes, weights="none"):
@@ -796,12 +802,14 @@ class FCN8s(nn.Module):
         pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
         pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
         fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
-        score3, score4 = self.classifier[0](0.0001 * pool3), self.classifier[1](0.01 * pool4)
-        score = self.enlarge[2](self.classifier[2](fc7))  # stride 16
-        score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
-        score = self.enlarge[1](score)  # stride 8
-        score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
-        logits = self.enlarge[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
+        score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
+        coarse = self.classifier[2](fc7)
+        with torch.autocast(images.device.type, enabled=False):  # full-size logits are not rounded to bf16
+            score = self.enlarge[2](coarse.float())  # stride 16
+            score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
+            score = self.enlarge[1](score)  # stride 8
+            score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
+            logits = self.enlarge[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
         return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
 
 
@@ -1078,8 +1086,8 @@ def shared_parser(doc, adapts=False):
         help="size to which source images are resized; --size, where only that is given")
     add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
         help="random crop on which the network is trained; --size, where only that is given")
-    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source((1.0, 1.5), (0.5, 1.5)),
-        help="range of the random scale in training")
+    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=[1.0, 1.5],
+        help="range of the random scale in training; below 1 pictures may be smaller than the crop and are padded")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
     add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),

@@ -53,7 +53,7 @@ Equations, all from the authors' code [C]
 The mask of LSE-10 only compares pixels of one class inside one image: wherever the class has two different entropies there
 and t_c is above 0, its most certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
 
-The algorithm                                                                          paper's notion -> function
+The algorithm [C]                                                                      notion -> function
 -------------                                                                          --------------------------
 1. Source-only training, or --init.                                                    train_source
 2. Rounds. Rank all target images with the present network: LSE-5                      rank_target, image_confidence
@@ -75,8 +75,8 @@ Deviations: authors' code / here
     DeepLabV2 with four branches as in all files here; --backbone vgg16-fcn8s is the other.
  2. SYNTHIA. 19 outputs; terrain, truck and train are neither ranked nor filtered, so nearly all their pixels become labels /
     16 outputs. The divisor in LSE-6 is 19 in both.
- 3. Focal loss. Per pixel for VGG, for DeepLab of the mean cross-entropy, which modulates no pixel / per pixel for both.
-    gamma is 5 in one notebook [N]. Its README's `--focal-loss False` leaves the loss on / --focal off, or --beta 0.
+ 3. Focal loss. Per pixel for VGG, for DeepLab of the mean cross-entropy of one patch, which modulates no pixel / per pixel for
+    both; --focal mean takes the mean of the process's batch. gamma is 5 in the GTA5 DeepLab notebook [N]. Its README's `--focal-loss False` leaves the loss on / --focal off, or --beta 0.
  4. Mask. Enlarged bilinearly and kept where not exactly 0, which lets it grow: one pixel becomes 16, and of a random half
     94 % stay / nearest neighbour, one pixel becomes 4; --mask-mode dilate is the other.
  5. A class with one pixel or one entropy in an image. 0/0, and comparisons with NaN keep the pixel, even the whole class if
@@ -88,18 +88,26 @@ Deviations: authors' code / here
     domain's batch is normalised by its own statistics, and those for ranking, labelling and evaluation are re-estimated on
     target images (common.adapt_batch_norm).
  9. Optimizer. DeepLab: SGD that lists most weights three or four times and so moves them three or four times as far as the
-    rate says, and one log with a rate of 1e-12 whose scores are the published row / each weight once, rate 1e-6 on real data as
-    the code's default: expect less movement and try 1e-5. FCN8s: Adam, no weight decay, twice the rate for biases / the same
-    with --optimizer adam --head-lr 1. Both rise over --ramp steps here, and FCN8s follows the poly schedule as well.
-10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum, which is the same gradient.
+    rate says, and one SYNTHIA log with a rate of 1e-12 whose scores are the published row / each weight once, rate 1e-6 on real
+    data as the code's default. FCN8s: Adam, no weight decay, twice the rate for biases / the same with --optimizer adam
+    --head-lr 1. Rates are constant for VGG, poly anew each round for DeepLab / poly, anew each round with --iterations 0, and
+    rising over the first --ramp steps; --power 0 --ramp 0 turns both off.
+10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum: the same gradient from more memory, and with
+    --batch-size 2 half as many steps. With 9 the default run moves DeepLab's weights about a seventh as far as theirs did: try
+    --batch-size 1 --lr 5e-6.
 11. Augmentation. None: whole source images, patches as they are / the source as in all files here (random scale, crop, flip,
     colour jitter), patches with flip and colour jitter; --no-augment for plain patches.
-12. Stopping. Fixed rounds at the last commit; notebooks stop when the entropy on the *validation* images rises / fixed.
+12. Stopping. Fixed rounds at the last commit; notebooks stop by the entropy on the *validation* images / fixed rounds.
 13. Toy: two rounds with larger portions, because 0.10 of 400 images is two per class, and --iterations for both rounds in all.
 14. --rank global. Coded in [N] and off, form unknown / the same number of images, by mean confidence over all pixels;
     thresholds stay those of the classes.
-15. Source-only start. Given files, their making only partly known / trained here. RGB and ImageNet statistics, not BGR.
+15. Source-only start. Given files, their making only partly known / trained here. RGB and ImageNet statistics, not BGR, for
+    which FCN8s scales pool3 and pool4 otherwise (see its docstring).
 16. The tail of the last round, up to 500 steps, was never saved / last.pt is saved at the end of every round.
+17. Evaluation. Probabilities are upsampled / logits are, as in all files here.
+
+Published rows, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101); SYNTHIA, 16 and 13 classes: 40.0 and 47.0
+(VGG16), 42.6 and 49.4 (ResNet-101, the row of deviation 9, from a start of unknown origin). Nobody has run this file on them.
 
 Expect on the toy (FIGURES).
 
@@ -163,11 +171,14 @@ def rank_images(confidence):
     return len(confidence) - 1 - values.argsort(dim=0, descending=True, stable=True)
 
 
-def select_images(confidence, portion, divisor=19):
+DIVISOR = 19  # of LSE-6, the number of Cityscapes classes, also for SYNTHIA's 16
+
+
+def select_images(confidence, portion):
     """LSE-6 and LSE-8. confidence (M, C) -> (indices of T_r, sorted and unique; x* (C,): best image not kept, -1 if none)."""
     order = rank_images(confidence)  # (M, C)
     N = confidence.isfinite().sum(0)  # (C,)
-    k = (N.double() * portion / divisor + 1e-6).long().clamp(max=N)  # LSE-6; 1e-6 so that 0.15 * 380 / 19 is 3
+    k = (N.double() * portion / DIVISOR + 1e-6).long().clamp(max=N)  # LSE-6; 1e-6 so that 0.15 * 380 / 19 is 3
     place = torch.arange(len(order), device=order.device)[:, None]
     selected = order[place < k].unique()
     # LSE-8
@@ -374,9 +385,10 @@ def label_target(model, args, folder, r):
     confidence, uncertainty, overall = rank_target(model, dataset, args)
     selected, reference = select_images(confidence, portion)
     if len(selected) == 0:
-        most = confidence.isfinite().sum(0).max().item()
-        raise common.InputError(f"round {r + 1}: a portion of {portion} selects no image, because a class keeps 1/19 of that share "
-                                f"and no class is predicted in more than {most}; give --portion {19 / most:.2g} or more")
+        most = confidence.isfinite().sum(0).max().item()  # at least 1, because every pixel is predicted as something
+        raise common.InputError(f"round {r + 1}: a portion of {portion} selects no image, because a class keeps 1/{DIVISOR} of that "
+                                f"share and none is predicted in more than {most}; give --portion "
+                                f"{math.ceil(1000 * DIVISOR / most) / 1000} or more")
     thresholds = class_thresholds(confidence, uncertainty, reference)  # (C,)
     if args.rank == "global":
         selected = overall.topk(len(selected)).indices.sort().values
@@ -409,7 +421,9 @@ def label_target(model, args, folder, r):
                         - pixel_entropy(enlarge(there, size)).mean()).item()
     sums = torch.tensor([total, kept, right, gap], dtype=torch.float64, device=args.device)
     total, kept, right, gap = common.all_sum(sums).tolist()  # also waits until all processes have written their labels
-    known = {"accuracy": right / max(kept, 1)} if args.source == "toy" else {}
+    if kept == 0:
+        raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another --portion")
+    known = {"accuracy": right / kept} if args.source == "toy" else {}
     return {"portion": portion, "images": len(selected), "patches": len(patches), "kept": kept / total,
             "entropy_gap": gap / len(selected), **known}
 
@@ -427,7 +441,7 @@ def parse_args():
         help="p of the first round: 19 times the share of images that a class keeps [C]")
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.5, 0.05), help="delta_p, its growth per round [C]")
     add("--patches", type=common.positive_int, metavar="n_p", default=4, help="random patches per selected image [C]")
-    add("--scale", type=int, choices=(1, 2), default=2, help="how much patches are enlarged; 1: whole images, plain self-training [C]")
+    add("--scale", type=int, choices=(1, 2), default=2, help="how much patches are enlarged; 1: whole images, plain self-training, so that all n_p are the same [C]")
     add("--rank", choices=("class", "global"), default="class", help="images confident in a class, or as many confident ones [C, N]")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest", help="how the mask of kept pixels is enlarged [U, C]")
     add("--focal", choices=("pixel", "mean", "off"), default="pixel", help="focal loss per pixel, of the mean, or none [C]")
@@ -452,6 +466,7 @@ def main():
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
 
     # Steps 2 to 4: rounds of selection, labels and training on both domains. One optimizer for all of them.
+    # done: steps of the whole run so far; first, last: where a round starts and ends; begin, end: where the poly decay does.
     optimizer, done, first = make_optimizer(model, args), 0, 0
     if args.backbone == "vgg16-fcn8s":
         faster_biases(optimizer)

@@ -224,6 +224,22 @@ def test_toy_stops_at_its_end():
 # ------------------------------------------------ augmentation and batches ------------------------------------------------
 
 
+def test_a_scale_of_one_changes_nothing_and_larger_ones_never_pad():
+    """torchvision's ScaleJitter takes (width, height) where everything else takes (height, width)."""
+    image = torch.randint(0, 256, (3, 40, 80), dtype=torch.uint8)
+    label = torch.randint(0, 16, (40, 80), dtype=torch.uint8)
+    augment = common.training_augment((40, 80), (40, 80), (1.0, 1.0), jitter=0.0)
+    for _ in range(4):
+        x, y = augment(image, label)
+        flipped = not torch.equal(y, label)
+        assert torch.equal(x.flip(2) if flipped else x, image) and torch.equal(y.flip(1) if flipped else y, label)
+    enlarge = common.training_augment((40, 80), (40, 80), (1.0, 1.5), jitter=0.0)
+    shrink = common.with_padding_mask(common.training_augment((40, 80), (40, 80), (0.5, 0.5), jitter=0.0))
+    for _ in range(8):
+        assert not (enlarge(image, label)[1] == 255).any()
+        assert (shrink(image, None)[1] == 255).float().mean() == 0.75
+
+
 def test_augmentation_moves_image_and_label_together():
     label = torch.from_numpy(blocks(range(5), (32, 64), np.random.default_rng(0)).repeat(2, 0).repeat(2, 1).astype(np.uint8))
     image = (label * 50)[None].expand(3, -1, -1).contiguous()
