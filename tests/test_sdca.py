@@ -361,6 +361,7 @@ def test_class_without_statistics_competes_with_logit_zero():
 
 def test_cosines():
     f, y, (mean, _) = randn(30, D), labels(30), gaussians()
+    f[:20] += 2 * mean[y[:20]]  # for most pixels the own class is the nearest
     y[::5] = 255
     own, other = [], []
     for i in range(30):
@@ -617,6 +618,30 @@ def test_one_command_runs_all_stages(whole):
     assert Image.open(folder / "panel.png").width > 5 * 300  # image | truth | source only | SDCA, no SSL | SDCA
 
 
+def test_statistics_come_first_and_from_source_pixels(tmp_path, start, monkeypatch):
+    """In every step and at each level: pool the source pixels, then the two bounds with the statistics just pooled."""
+    calls, pool, bound = [], sdca.pool_batch, sdca.contrastive_bound
+
+    def pool_and_note(statistics, r, y):
+        pool(statistics, r, y)
+        calls.append(("pool", statistics.mean, r))
+
+    def bound_and_note(r, y, mean, *options):
+        calls.append(("bound", mean, r))
+        return bound(r, y, mean, *options)
+
+    monkeypatch.setattr(sdca, "pool_batch", pool_and_note)
+    monkeypatch.setattr(sdca, "contrastive_bound", bound_and_note)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["sdca.py", *map(str, FEW), "--init", str(start), "--no-ssl", "--out", str(tmp_path / "run")])
+    sdca.main()
+    assert len(calls) == 3 * 2 * 3
+    for pooled, source, target in zip(calls[::3], calls[1::3], calls[2::3]):
+        assert (pooled[0], source[0], target[0]) == ("pool", "bound", "bound")
+        assert source[1] is pooled[1] and target[1] is pooled[1]
+        assert source[2] is pooled[2] and target[2] is not pooled[2]
+
+
 @pytest.mark.parametrize("stage", ["source", "statistics", "adapt", "pseudo-labels", "ssl"])
 def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, whole):
     arguments = ["sdca.py", *FEW, "--save-every", 1, "--out", "cut"]
@@ -710,5 +735,6 @@ def test_two_processes_share_one_run(tmp_path, start):
     assert moved > 1e-3 and apart < 0.01 * moved
     assert [line["stage"] for line in map(json.loads, (tmp_path / "one/log.jsonl").read_text().splitlines())] == [
         line["stage"] for line in map(json.loads, (tmp_path / "two/log.jsonl").read_text().splitlines())]  # one process writes
-    kept = [log(tmp_path / name, "pseudo-labels")[0]["kept"] for name in ("one", "two")]
-    assert kept[0] == pytest.approx(kept[1], abs=0.01) and len(list((tmp_path / "two/pseudo_labels").iterdir())) == 24
+    labelled = [log(tmp_path / name, "pseudo-labels")[0] for name in ("one", "two")]
+    assert all(labelled[0][key] == pytest.approx(labelled[1][key], abs=1e-3) for key in ("theta_high", "kept", "accuracy"))
+    assert len(list((tmp_path / "two/pseudo_labels").iterdir())) == 24
