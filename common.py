@@ -68,6 +68,8 @@ _CLASSES = {
 CLASSES = tuple(_CLASSES)  # 19 names in trainId order
 SYNTHIA_16 = tuple(c for c in CLASSES if c not in ("terrain", "truck", "train"))
 SYNTHIA_13 = tuple(c for c in SYNTHIA_16 if c not in ("wall", "fence", "pole"))
+# The long tail: the classes that the statistics figure of CPSL marks.
+RARE = ("wall", "fence", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 
 
 def task_classes(source):
@@ -596,7 +598,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     """Random scale (of `size`), crop, flip and colour jitter as one function (image, label or None) -> the same.
 
     image uint8 (3, H, W), label uint8 (H, W). Where the scaled picture is smaller than `crop` it is padded, the label
-    with 255. Draws from torch's global generator, which `Batches` seeds for every item.
+    with 255. scale None: no scaling. Draws from torch's global generator, which `Batches` seeds for every item.
     """
     from torchvision import tv_tensors
     from torchvision.transforms import v2
@@ -604,7 +606,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     if crop[0] > size[0] or crop[1] > size[1]:
         raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than the image of --size {size[0]}x{size[1]}")
     transform = v2.Compose([
-        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
+        v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True) if scale else v2.Identity(),
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
         v2.RandomHorizontalFlip(),
         v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),
@@ -690,16 +692,7 @@ class DeepLabV2(nn.Module):
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
         super().__init__()
-        import torchvision
-
-        builders = {name: getattr(torchvision.models, name) for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
-        if backbone not in builders:
-            raise InputError(f"backbone {backbone!r} is not one of {', '.join(builders)}")
-        # From random weights a ResNet learns much faster if every residual block starts as the identity.
-        start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
-        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
-        if weights not in ("imagenet", "none"):
-            load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
+        net = torchvision_network(backbone, weights)
         if backbone == "vgg16":
             self.backbone, self.feature_dim = vgg16_stride_8(net), 1024
         else:
@@ -727,6 +720,21 @@ class DeepLabV2(nn.Module):
         return self
 
 
+def torchvision_network(backbone, weights):
+    """torchvision's classification network of that name; `weights` as for DeepLabV2."""
+    import torchvision
+
+    builders = {name: getattr(torchvision.models, name) for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
+    if backbone not in builders:
+        raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
+    # From random weights a ResNet learns much faster if every residual block starts as the identity.
+    start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
+    net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+    if weights not in ("imagenet", "none"):
+        load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
+    return net
+
+
 def dilate(stage, dilation):
     """Removes the stride of a ResNet stage and dilates its 3x3 convolutions: same field of view, finer grid."""
     for module in stage.modules():
@@ -748,6 +756,69 @@ def vgg16_stride_8(net):
     for channels in (512, 1024):
         layers += [nn.Conv2d(channels, 1024, 3, padding=4, dilation=4), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
+
+
+class FCN8s(nn.Module):
+    """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
+
+    `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
+    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j lies
+    at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
+
+    The factors 0.01 and 0.0001 on pool4 and pool3 were made for Caffe's VGG, which sees images of 0 to 255; torchvision's
+    activations are smaller, and with it the two finer scores learn that much more slowly.
+    """
+
+    def __init__(self, num_classes, weights="none"):
+        super().__init__()
+        net = torchvision_network("vgg16", weights)
+        layers = list(net.features)
+        layers[0].padding = (100, 100)  # so that fc6 fits on an image of any size and the crops below have room
+        for layer in layers:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True
+        fc6, fc7 = nn.Conv2d(512, 4096, 7), nn.Conv2d(4096, 4096, 1)
+        for convolution, linear in ((fc6, net.classifier[0]), (fc7, net.classifier[3])):
+            convolution.weight = nn.Parameter(linear.weight.detach().view_as(convolution.weight))
+            convolution.bias = linear.bias
+        top = [fc6, nn.ReLU(inplace=True), nn.Dropout2d(0.5), fc7, nn.ReLU(inplace=True), nn.Dropout2d(0.5)]
+        self.backbone = nn.ModuleList([nn.Sequential(*layers[:17]), nn.Sequential(*layers[17:24]),  # to pool3, to pool4
+                                       nn.Sequential(*layers[24:], *top)])
+        self.feature_dim = 4096
+        self.classifier = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in (256, 512, 4096))
+        for score in self.classifier:
+            nn.init.zeros_(score.weight)
+            nn.init.zeros_(score.bias)
+        self.enlarge = nn.ModuleList(bilinear_enlargement(num_classes, factor) for factor in (8, 2, 2))
+
+    def forward(self, images):
+        H, W = images.shape[2:]
+        pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
+        pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
+        fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
+        score3, score4 = self.classifier[0](0.0001 * pool3), self.classifier[1](0.01 * pool4)
+        score = self.enlarge[2](self.classifier[2](fc7))  # stride 16
+        score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
+        score = self.enlarge[1](score)  # stride 8
+        score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
+        logits = self.enlarge[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
+        return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
+
+
+def bilinear_enlargement(channels, factor):
+    """Transposed convolution that enlarges each channel bilinearly by `factor`. It never learns."""
+    kernel = 1 - (torch.arange(2 * factor) + 0.5 - factor).abs() / factor  # a triangle
+    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, groups=channels, bias=False).requires_grad_(False)
+    layer.weight.copy_((kernel[:, None] * kernel).expand_as(layer.weight))
+    return layer
+
+
+BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16", "vgg16-fcn8s")
+
+
+def build_network(num_classes, backbone, weights="none"):
+    """DeepLabV2 on that backbone, or FCN8s for "vgg16-fcn8s"."""
+    return FCN8s(num_classes, weights) if backbone == "vgg16-fcn8s" else DeepLabV2(num_classes, backbone, weights)
 
 
 def freeze_batch_norm(model):
@@ -892,15 +963,22 @@ def scores(metric, classes):
     """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
-    stands beside it, another mean over the same 16-class predictions.
+    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
+    over classes of which none occurs is None.
     """
-    iou = metric.iou().tolist()
-    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, iou)},
-              "miou": 100 * metric.mean(metric.present())}
+    def mean(names):
+        indices = [i for i in metric.present() if classes[i] in names]
+        return 100 * metric.mean(indices) if indices else None
+
+    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, metric.iou().tolist())},
+              "miou": mean(classes)}
     if tuple(classes) == SYNTHIA_16:
-        thirteen = [classes.index(name) for name in SYNTHIA_13]
-        result["miou13"] = 100 * metric.mean(set(thirteen) & set(metric.present()))
+        result["miou13"] = mean(SYNTHIA_13)
+    result["rare"] = mean(RARE)
     return result
+
+
+MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare"}  # title in tables: key in `scores`
 
 
 def score_table(columns):
@@ -911,7 +989,7 @@ def score_table(columns):
     names = list(dict.fromkeys(name for result in results for name in result["iou"]))
     rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
     rows += [(title, [result.get(key) for result in results])
-             for title, key in (("mIoU", "miou"), ("mIoU, 13", "miou13"))]
+             for title, key in MEANS.items()]
     for name, values in rows:
         cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
         lines.append(f"{name:14}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
@@ -990,8 +1068,8 @@ def shared_parser(doc, adapts=False):
     add("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world")
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
-    add("--backbone", choices=("resnet101", "resnet50", "resnet18", "vgg16"), default=by_source("resnet18", "resnet101"),
-        help="network under the DeepLabV2 head")
+    add("--backbone", choices=BACKBONES, default=by_source("resnet18", "resnet101"),
+        help="network under the DeepLabV2 head, or FCN8s on VGG16")
     add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
         help="its start: a torchvision state dict, torchvision's download, or random")
     add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
@@ -1002,8 +1080,8 @@ def shared_parser(doc, adapts=False):
         help="random crop on which the network is trained; --size, where only that is given")
     add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source((1.0, 1.5), (0.5, 1.5)),
         help="range of the random scale in training")
-    add("--optimizer", choices=("sgd", "adamw"), default=by_source("adamw", "sgd"),
-        help="SGD as in the papers; AdamW learns faster from random weights")
+    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
+        help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
     add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
     add("--batch-size", type=positive_int, metavar="N", default=by_source(4, 2),
@@ -1018,7 +1096,7 @@ def shared_parser(doc, adapts=False):
     add("--save-every", type=int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
+        add("--warmup-iterations", type=int, metavar="T", default=by_source(800, 60000), help="steps of source-only training")
         add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
         add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
@@ -1270,7 +1348,7 @@ def load_weights(model, state, path, what):
 
 def build_model(args):
     """The network that every method trains: ready on its device, batch norm frozen or live as asked."""
-    model = DeepLabV2(len(task_classes(args.source)), args.backbone, args.backbone_weights)
+    model = build_network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
     if args.freeze_bn:
         freeze_batch_norm(model)
     return model.to(args.device, memory_format=torch.channels_last)
@@ -1289,8 +1367,8 @@ def pack_model(model, args):
 
 
 def pack_training(model, optimizer, args, step, **parts):
-    """`pack_model` and the rest of the training state: optimizer, step, and the state of each named part."""
-    return {**pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step,
+    """`pack_model` and the rest of the training state: optimizer, step, random numbers (dropout), each named part's state."""
+    return {**pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step, "random": torch.get_rng_state(),
             **{name: part.state_dict() for name, part in parts.items()}}
 
 
@@ -1299,6 +1377,7 @@ def load_training(path, model, optimizer, **parts):
     saved = read_checkpoint(path)
     for name, part in {"model": model, "optimizer": optimizer, **parts}.items():
         part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
     return saved["step"]
 
 
@@ -1315,11 +1394,11 @@ def load_init(model, args, run):
 
 
 def unpack_model(checkpoint, path):
-    """DeepLabV2 from a checkpoint of any method; InputError if the file is not one of ours."""
+    """The network of a checkpoint of any method; InputError if the file is not one of ours."""
     missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
-    model = DeepLabV2(len(checkpoint["classes"]), checkpoint["backbone"])
+    model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
     load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
     return model
 

@@ -332,11 +332,13 @@ def poly_lr(base, step, steps, power):
 
 
 def make_optimizer(model, args):
-    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
+    """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 

@@ -3,10 +3,10 @@
     python evaluate.py runs/source_only-toy-s0/last.pt runs/drsl-toy-s0/last.pt --panel compare.png
     python evaluate.py CKPT --data-root DIR --scales 0.75 1.0 1.25 --flip
     python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
-    python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2   # mean and deviation over runs of several seeds
+    python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2   # mean ± deviation over seeds, one row per method
 
 One table: classes down, checkpoints across, then mIoU (the mean over the classes that occur in the labels) and, for
-models of the 16 SYNTHIA classes, also the mean over 13. Source, size and classes come from the checkpoint. Images go in
+models of the 16 SYNTHIA classes, also the mean over 13, and over the long tail. Source, size and classes come from the checkpoint. Images go in
 at that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole split. Several
 scales and mirror images are averaged as probabilities; the numbers of this project are single-scale.
 
@@ -53,22 +53,37 @@ def exporter(folder, classes):
 
 
 def summary(folders):
-    """Text: mean and sample standard deviation of every column that the result.json of several runs share."""
-    results = []
+    """Text, a Markdown table: mean and sample standard deviation over the seeds of every column that the runs report.
+
+    Columns of one title are one method: where runs share a source-only model, it counts once per seed. Seconds and memory
+    are those of the runs whose own result it is.
+    """
+    columns, costs = {}, {}  # {title: {seed: scores}}, {title: [(seconds, GB)]}
     for folder in folders:
         try:
-            results.append(json.loads((folder / "result.json").read_text())["columns"])
+            result = json.loads((folder / "result.json").read_text())
+            seed = json.loads((folder / "args.json").read_text())["seed"]
+            reported = result["columns"]
+            costs.setdefault(list(reported)[-1], []).append((result["seconds"], result["peak_memory_gb"]))
         except (OSError, ValueError, KeyError) as error:
             raise common.InputError(f"{folder / 'result.json'}: not the result of a finished run ({type(error).__name__})") from error
-    lines = [f"mean ± standard deviation over {len(results)} runs"]
-    for title in [title for title in results[0] if all(title in result for result in results)]:
-        cells = []
-        for key, name in (("miou", "mIoU"), ("miou13", "mIoU, 13")):
-            values = np.array([result[title][key] for result in results if key in result[title]])
-            if len(values):
-                deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-                cells.append(f"{name} {values.mean():5.1f} ± {deviation:.1f}")
-        lines.append(f"{title:14}" + "   ".join(cells))
+        for title, scores in reported.items():
+            known = columns.setdefault(title, {}).setdefault(seed, scores)
+            if known != scores:
+                raise common.InputError(f"{folder}: another result of {title!r} with seed {seed}; summarise such runs apart")
+    lines = ["| | seeds | " + " | ".join(common.MEANS) + " | seconds | GB |", "|---" * (4 + len(common.MEANS)) + "|"]
+    for title, seeds in columns.items():
+        cells = [title, str(len(seeds))]
+        for key in common.MEANS.values():
+            values = np.array([scores[key] for scores in seeds.values() if scores.get(key) is not None])
+            deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{deviation}" if len(values) else "-")
+        if title in costs:
+            seconds, memory = zip(*costs[title])
+            cells += [f"{np.mean(seconds):.0f}", f"{max(memory):.1f}"]
+        else:
+            cells += ["-", "-"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -55,11 +55,13 @@ def poly_lr(base, step, steps, power):
 
 
 def make_optimizer(model, args):
-    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
+    """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
@@ -101,7 +103,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="training steps")
+    add("--iterations", type=int, metavar="T", default=common.by_source(800, 60000), help="training steps")
     add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)

@@ -1,9 +1,14 @@
-"""Runs the project's scripts as a user would: by subprocess, from another folder, offline, on the CPU."""
+"""Runs the project's scripts as a user would: in processes of their own, from another folder, offline, on the CPU.
+
+Starting Python and importing torch takes seconds, hundreds of times over. So one server process imports torch once and
+forks a fresh process for every run; only `command` is the plain command line.
+"""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,35 +17,58 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
-ENVIRONMENT = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "2"}
+os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", OMP_NUM_THREADS="2")  # inherited by every run
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2"])
 
 
 def command(script, *arguments):
     return [sys.executable, str(PROJECT / script), *map(str, arguments)]
 
 
+def execute(folder, arguments):
+    """What the new process does: standard output and error go to files, then the script runs as the main program."""
+    os.chdir(folder)
+    for stream, name in ((1, ".stdout"), (2, ".stderr")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+    sys.argv, sys.path[0] = arguments, str(PROJECT)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def start(folder, script, *arguments):
+    process = SERVER.Process(target=execute, args=(str(folder), command(script, *arguments)[1:]))
+    process.start()
+    return process
+
+
+def texts(folder):
+    """Standard output and standard error of the last run in a folder."""
+    return [(Path(folder) / name).read_text() for name in (".stdout", ".stderr")]
+
+
 def run(folder, script, *arguments, ok=True):
     """Standard output of a run that must succeed; the last line of standard error of one that must not."""
-    result = subprocess.run(command(script, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    process = start(folder, script, *arguments)
+    process.join()
+    output, errors = texts(folder)
     if ok:
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-    assert result.returncode != 0, result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stderr.strip().splitlines()[-1]
+        assert process.exitcode == 0, errors
+        return output
+    assert process.exitcode != 0, output
+    assert "Traceback" not in errors, errors
+    return errors.strip().splitlines()[-1]
 
 
 def kill_when(folder, condition, script, *arguments, with_signal=signal.SIGKILL):
     """Starts a run and signals it as soon as `condition()` holds; returns (return code, standard error)."""
-    process = subprocess.Popen(command(script, *arguments), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+    process = start(folder, script, *arguments)
     deadline = time.time() + 120
-    while not condition() and process.poll() is None and time.time() < deadline:
+    while not condition() and process.is_alive() and time.time() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None, f"ended by itself: {process.communicate()[1]}"
-    process.send_signal(with_signal)
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
+    assert process.is_alive(), f"ended by itself: {texts(folder)[1]}"
+    os.kill(process.pid, with_signal)
+    process.join(120)
+    return process.exitcode, texts(folder)[1]
 
 
 def logged(folder, stage, at_least=1):

@@ -399,6 +399,8 @@ def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirte
     metric.iou = lambda: iou
     metric.confusion += 1
     result = common.scores(metric, SYNTHIA_16)
+    rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
+    assert result["rare"] == pytest.approx(sum(rare) / 8)
     assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
 
 
@@ -407,6 +409,7 @@ def test_absent_classes_do_not_dilute_the_mean():
     metric.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 0, 1, 1]))  # 3 is only predicted
     result = common.scores(metric, SYNTHIA_16)
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
+    assert result["rare"] is None  # no class of the long tail occurs in the labels
     assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
@@ -503,3 +506,98 @@ def test_panel_has_a_column_per_title(tmp_path):
     common.draw_panel(tmp_path / "panel.png", ["image", "truth", "model"], rows, width=32)
     sheet = Image.open(tmp_path / "panel.png")
     assert sheet.size == (3 * 36 - 4, 16 + 2 * 20 - 4) and sheet.getpixel((36 + 5, 25)) == (40, 0, 0)
+
+
+# -------------------------------------------------------- FCN8s --------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(512, 1024), (720, 1280), (760, 1280), (80, 160), (33, 47)])
+def test_fcn8s_gives_logits_of_the_input_size(size):
+    with torch.device("meta"):  # shapes only
+        features, logits = common.build_network(19, "vgg16-fcn8s").eval()(torch.empty(2, 3, *size))
+    assert logits.shape == (2, 19, *size)
+    assert features.shape == (2, 4096, -(-size[0] // 32), -(-size[1] // 32))
+
+
+@pytest.fixture(scope="module")
+def fcn8s():
+    torch.manual_seed(0)
+    return common.FCN8s(3).eval()
+
+
+def test_fcn8s_against_its_description(fcn8s):
+    """The network again as one functional chain: VGG16's layers, fc6 as a 7x7 convolution, scores, bilinear enlargement, crops."""
+    g = torch.Generator().manual_seed(0)
+    for score in fcn8s.classifier:
+        score.weight.data.normal_(generator=g)
+        score.bias.data.normal_(generator=g)
+    image = torch.randn(1, 3, 24, 40, generator=g)
+    convs = [m for stage in fcn8s.backbone for m in stage if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 15 and sum(isinstance(m, torch.nn.Dropout2d) for m in fcn8s.modules()) == 2
+    x, pools = F.pad(image, (99, 99, 99, 99)), []  # and one more by the first convolution's own padding
+    for i, conv in enumerate(convs[:13]):
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+        if i in (1, 3, 6, 9, 12):
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+            pools.append(x)
+    for conv in convs[13:]:
+        x = F.conv2d(x, conv.weight, conv.bias).relu()
+
+    def enlarged(score, factor):  # bilinear kernel by its definition, one channel at a time
+        k = torch.tensor([[(1 - abs(i + 0.5 - factor) / factor) * (1 - abs(j + 0.5 - factor) / factor) for j in range(2 * factor)]
+                          for i in range(2 * factor)])[None, None]
+        return torch.cat([F.conv_transpose2d(score[:, c:c + 1], k, stride=factor) for c in range(3)], 1)
+
+    with torch.no_grad():
+        one, two, three = (F.conv2d(x, s.weight, s.bias) for x, s in zip((pools[2] * 0.0001, pools[3] * 0.01, x), fcn8s.classifier))
+        up = enlarged(three, 2)
+        up = enlarged(up + two[:, :, 5:, 5:][:, :, :up.shape[2], :up.shape[3]], 2)
+        up = enlarged(up + one[:, :, 9:, 9:][:, :, :up.shape[2], :up.shape[3]], 8)
+        torch.testing.assert_close(fcn8s(image)[1], up[:, :, 31:55, 31:71], rtol=1e-4, atol=1e-4)
+
+
+def test_fcn8s_takes_fc6_and_fc7_from_the_classifier(monkeypatch):
+    import torchvision
+
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16().eval()
+    monkeypatch.setattr(common, "torchvision_network", lambda *_: vgg)
+    pool5 = torch.randn(1, 512, 7, 7)
+    with torch.no_grad():
+        expected = vgg.classifier[:5](pool5.flatten(1))  # linear, ReLU, dropout (off), linear, ReLU
+        top = common.FCN8s(2).eval().backbone[2][7:]  # behind pool5
+        torch.testing.assert_close(top(pool5)[:, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fcn8s_trains_everything_but_the_enlargement(fcn8s):
+    assert all(not p.requires_grad for p in fcn8s.enlarge.parameters()) and len(list(fcn8s.enlarge.parameters())) == 3
+    trained = {id(p) for part in (fcn8s.backbone, fcn8s.classifier) for p in part.parameters()}
+    assert trained == {id(p) for p in fcn8s.parameters() if p.requires_grad}
+    fcn8s(torch.randn(1, 3, 16, 16))[1].square().sum().backward()
+    assert all(score.weight.grad.abs().sum() > 0 for score in fcn8s.classifier) and fcn8s.backbone[0][0].weight.grad.abs().sum() > 0
+    for layer in fcn8s.enlarge:  # inside, bilinear enlargement keeps a constant
+        k = layer.kernel_size[0]
+        inside = layer(torch.ones(1, 3, 6, 6))[:, :, k:-k, k:-k]
+        torch.testing.assert_close(inside, torch.ones(1, 3, inside.shape[2], inside.shape[2]))
+        assert inside.numel() > 0
+
+
+def test_dropout_resumes_where_it_stopped(tmp_path):
+    """Checkpoints hold the state of torch's random numbers, so that a resumed run drops what an uninterrupted one drops."""
+    args = argparse.Namespace(source="toy", toy_world=0, toy_images=4, backbone="resnet18", size=(32, 64))
+    model = torch.nn.Sequential(torch.nn.Dropout2d(0.5), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(3)
+    model(torch.ones(1, 50, 2, 2))
+    torch.save(common.pack_training(model, optimizer, args, 7), tmp_path / "state.pt")
+    whole = model(torch.ones(1, 50, 2, 2))
+    torch.manual_seed(9)
+    assert common.load_training(tmp_path / "state.pt", model, optimizer) == 7
+    assert torch.equal(model(torch.ones(1, 50, 2, 2)), whole)
+
+
+def test_augmentation_without_scaling_keeps_every_pixel():
+    label = torch.arange(32 * 64).view(32, 64).remainder(250).byte()
+    augment = common.training_augment((32, 64), (32, 64), None, jitter=0.0)
+    seen = {tuple(augment(label[None].expand(3, -1, -1), label)[1].flatten().tolist()) for _ in range(20)}
+    assert seen == {tuple(label.flatten().tolist()), tuple(label.flip(1).flatten().tolist())}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
@@ -578,6 +578,16 @@ def test_one_command_runs_all_stages(tmp_path):
     assert panel.width > 4 * 300  # image | truth | source only | DRSL
 
 
+def test_the_total_loss_is_assembled_as_written(tmp_path, start):  # DRSL-10
+    weights = {"t": 0.7, "mm": 0.3, "sma": 0.2}
+    run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "run", *[w for k, v in weights.items() for w in (f"--lambda-{k}", v)])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines() if '"adapt"' in line]
+    assert len(lines) == 4 and all(line["mm_s"] > 0 and line["mm_t"] > 0 and line["sma"] > 0 for line in lines)
+    for line in lines:
+        expected = line["ce_s"] + 0.7 * line["ce_t"] + 0.3 * (line["mm_s"] + line["mm_t"]) + 0.2 * line["sma"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start):
     run(tmp_path, "drsl.py", *FEW, "--out", "here")
     run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "given")
@@ -668,7 +678,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     arguments = [*FEW, "--joint-iterations", 0, "--init", start, "--freeze-bn", "--precision", "fp32"]
     run(tmp_path, "drsl.py", *arguments, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command("drsl.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+                    *command("drsl.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert one["columns"]["source only"]["miou"] == pytest.approx(two["columns"]["source only"]["miou"], abs=0.05)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]

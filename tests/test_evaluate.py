@@ -38,7 +38,7 @@ def test_table_json_and_panel(toy):
     table = json.loads((toy / "t.json").read_text())
     assert list(table) == ["a/last", "b/last"] and len(table["a/last"]["iou"]) == 16
     header, *rows = [line for line in out.splitlines() if line.strip()]
-    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("mIoU, 13")
+    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("mIoU, rare")
     assert rows[16].split() == ["mIoU", f"{table['a/last']['miou']:.1f}", f"{table['b/last']['miou']:.1f}"]
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
@@ -112,12 +112,20 @@ def test_bad_input_is_one_line(toy, tmp_path):
 
 def test_summary_over_seeds(tmp_path):
     for i, (source, drsl) in enumerate([(30.0, 40.0), (32.0, 44.0), (34.0, 42.0)]):
-        (tmp_path / str(i)).mkdir()
-        columns = {"source only": {"miou": source, "miou13": source + 1}, "DRSL": {"miou": drsl}}
-        (tmp_path / f"{i}/result.json").write_text(json.dumps({"columns": columns}))
-    header, source, drsl = run(tmp_path, "evaluate.py", "--summary", 0, 1, 2).splitlines()
-    assert "3 runs" in header and "32.0 ± 2.0" in source and "33.0 ± 2.0" in source and "42.0 ± 2.0" in drsl
-    assert "result.json" in run(tmp_path, "evaluate.py", "--summary", 0, 7, ok=False)
+        for method, own in (("DRSL", drsl), ("LSE", drsl - 10)):  # both start from the same source-only model
+            folder = tmp_path / f"{method}{i}"
+            folder.mkdir()
+            columns = {"source only": {"miou": source, "miou13": source + 1}, method: {"miou": own, "rare": own / 2}}
+            (folder / "result.json").write_text(json.dumps({"columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10}))
+            (folder / "args.json").write_text(json.dumps({"seed": i}))
+    folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
+    header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()
+    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | seconds | GB |"
+    assert source == "| source only | 3 | 32.0 ± 2.0 | 33.0 ± 2.0 | - | - | - |"
+    assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | 101 | 1.2 |" and lse.startswith("| LSE | 3 | 32.0 ± 2.0 |")
+    (tmp_path / "LSE0/args.json").write_text(json.dumps({"seed": 1}))  # now seed 1 has two source-only models
+    assert "another result" in run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
+    assert "result.json" in run(tmp_path, "evaluate.py", "--summary", "DRSL0", "gone", ok=False)
     assert "either" in run(tmp_path, "evaluate.py", ok=False)
 
 
@@ -135,4 +143,4 @@ def test_titles_are_short_and_distinct():
 def test_every_help_answers_offline_and_leaves_nothing_behind(tmp_path):
     for script in sorted(p.name for p in PROJECT.glob("*.py")):
         assert "usage" in run(tmp_path, script, "--help")
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {".stdout", ".stderr"}  # what the test itself wrote
