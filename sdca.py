@@ -496,6 +496,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.backbone == "vgg16-fcn8s":
+        raise common.InputError("--backbone vgg16-fcn8s: its features and logits lie on different grids; SDCA needs both at stride 8")
     run = common.Run("sdca", args)
     classes = common.task_classes(args.source)
     source_size = args.size if args.source == "toy" else args.source_size

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -697,10 +697,11 @@ def test_real_formats_from_start_to_end(tmp_path):
         assert "accuracy" not in log(folder, "pseudo-labels")[0]
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, start):
+def test_a_checkpoint_or_network_that_does_not_fit_is_one_line(tmp_path, start):
     message = run(tmp_path, "sdca.py", *FEW, "--backbone", "resnet50", "--init", start, ok=False)
     assert "resnet18" in message and "resnet50" in message
     assert "gone.pt" in run(tmp_path, "sdca.py", *FEW, "--init", "gone.pt", ok=False)
+    assert "vgg16-fcn8s" in run(tmp_path, "sdca.py", *FEW, "--backbone", "vgg16-fcn8s", ok=False)
 
 
 @pytest.mark.skipif(not STREETS.exists(), reason=f"needs the photographs of {STREETS.name}, which are not part of the project")
@@ -723,7 +724,7 @@ def test_two_processes_share_one_run(tmp_path, start):
                  "--ramp", 0, "--tau", 0.5]
     run(tmp_path, "sdca.py", *arguments, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command("sdca.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+                    *command("sdca.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
     one, two = (torch.load(tmp_path / name / "sdca.pt", weights_only=True) for name in ("one", "two"))
     for level in ("feat", "out"):
         assert torch.equal(one[level]["count"], two[level]["count"])
