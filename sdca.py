@@ -130,13 +130,13 @@ class ClassStatistics:
     """SDCA-10: mean, variance (divided by n) and number of all pixels ever seen, for every class, exact.
 
     mean (C, D) and variance (C, D) are float64, count (C,) is int64: in float32 a counter stops at 2^24. A class without
-    pixels has zeros. state_dict and load_state_dict let it be a part of a checkpoint.
+    pixels has zeros. They follow the pixels to their device. state_dict and load_state_dict make them a part of a checkpoint.
     """
 
-    def __init__(self, num_classes, dim):
-        self.mean = torch.zeros(num_classes, dim, dtype=torch.float64)
-        self.variance = torch.zeros(num_classes, dim, dtype=torch.float64)
-        self.count = torch.zeros(num_classes, dtype=torch.int64)
+    def __init__(self, num_classes, dim, device="cpu"):
+        self.mean = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)
+        self.variance = torch.zeros_like(self.mean)
+        self.count = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, features, labels):
         """Adds pixels: features (n, D), labels (n,), 255 ignored. Memory O(n D): no tensor has an axis for n, C and D.
@@ -146,7 +146,7 @@ class ClassStatistics:
         features = features.detach()
         member = labels[:, None] == torch.arange(len(self.count), device=labels.device)  # (n, C), a row of False for 255
         one_hot = member.to(features)  # (n, C)
-        batch = ClassStatistics(*self.mean.shape)
+        batch = ClassStatistics(*self.mean.shape, features.device)
         batch.count = member.sum(0)
         b = batch.count.clamp(min=1)[:, None]  # (C, 1)
         m = one_hot.T @ features / b  # (C, n) @ (n, D) -> (C, D)
@@ -369,7 +369,7 @@ def representations(maps, args):
 
 def pool_batch(statistics, r, labels):
     """SDCA-10 with the pixels r (n, D), labels (n,) of all processes."""
-    batch = ClassStatistics(*statistics.mean.shape)
+    batch = ClassStatistics(*statistics.mean.shape, r.device)
     batch.update(r, labels)
     batch.merge_processes()
     statistics.merge(batch)
@@ -485,10 +485,11 @@ def parse_args():
     add("--lambda-feat", type=float, default=1.0, help="weight of the bound on features, 0 for none [C]")
     add("--lambda-out", type=float, default=1.0, help="weight of the bound on logits, 0 for none [C]")
     add("--covariance", action=switch, default=True, help="without: zero covariance, centroid-aware")
-    add("--raw-statistics", action="store_true", help="statistics of normalised features, used as they are, instead of normalised ones")
+    add("--raw-statistics", action="store_true", help="use statistics as they are, those of normalised features")
     add("--ssl", action=switch, default=True, help="self-supervised training after the adaptation [P]")
     add("--theta", type=float, default=0.9, help="upper bound of the class thresholds of its pseudo-labels [C]")
-    add("--from-scratch-ssl", action=switch, default=common.by_source(False, True), help="start it from the backbone's weights [C]; else from the adapted model")
+    add("--from-scratch-ssl", action=switch, default=common.by_source(False, True),
+        help="start it from the backbone's weights [C]; else from the adapted model")
     add("--ssl-iterations", type=int, metavar="T", default=common.by_source(80, 20000), help="its steps [C]")
     add("--ssl-lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-4), help="its base learning rate [C]")
     return common.parse(parser)
@@ -496,6 +497,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.backbone == "vgg16-fcn8s":
+        raise common.InputError("--backbone vgg16-fcn8s: SDCA needs features and logits on one grid, DeepLabV2's")
     run = common.Run("sdca", args)
     classes = common.task_classes(args.source)
     source_size = args.size if args.source == "toy" else args.source_size

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -361,6 +361,7 @@ def test_class_without_statistics_competes_with_logit_zero():
 
 def test_cosines():
     f, y, (mean, _) = randn(30, D), labels(30), gaussians()
+    f[:20] += 2 * mean[y[:20]]  # for most pixels the own class is the nearest
     y[::5] = 255
     own, other = [], []
     for i in range(30):
@@ -617,6 +618,30 @@ def test_one_command_runs_all_stages(whole):
     assert Image.open(folder / "panel.png").width > 5 * 300  # image | truth | source only | SDCA, no SSL | SDCA
 
 
+def test_statistics_come_first_and_from_source_pixels(tmp_path, start, monkeypatch):
+    """In every step and at each level: pool the source pixels, then the two bounds with the statistics just pooled."""
+    calls, pool, bound = [], sdca.pool_batch, sdca.contrastive_bound
+
+    def pool_and_note(statistics, r, y):
+        pool(statistics, r, y)
+        calls.append(("pool", statistics.mean, r))
+
+    def bound_and_note(r, y, mean, *options):
+        calls.append(("bound", mean, r))
+        return bound(r, y, mean, *options)
+
+    monkeypatch.setattr(sdca, "pool_batch", pool_and_note)
+    monkeypatch.setattr(sdca, "contrastive_bound", bound_and_note)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["sdca.py", *map(str, FEW), "--init", str(start), "--no-ssl", "--out", str(tmp_path / "run")])
+    sdca.main()
+    assert len(calls) == 3 * 2 * 3
+    for pooled, source, target in zip(calls[::3], calls[1::3], calls[2::3]):
+        assert (pooled[0], source[0], target[0]) == ("pool", "bound", "bound")
+        assert source[1] is pooled[1] and target[1] is pooled[1]
+        assert source[2] is pooled[2] and target[2] is not pooled[2]
+
+
 @pytest.mark.parametrize("stage", ["source", "statistics", "adapt", "pseudo-labels", "ssl"])
 def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, whole):
     arguments = ["sdca.py", *FEW, "--save-every", 1, "--out", "cut"]
@@ -672,10 +697,11 @@ def test_real_formats_from_start_to_end(tmp_path):
         assert "accuracy" not in log(folder, "pseudo-labels")[0]
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, start):
+def test_a_checkpoint_or_network_that_does_not_fit_is_one_line(tmp_path, start):
     message = run(tmp_path, "sdca.py", *FEW, "--backbone", "resnet50", "--init", start, ok=False)
     assert "resnet18" in message and "resnet50" in message
     assert "gone.pt" in run(tmp_path, "sdca.py", *FEW, "--init", "gone.pt", ok=False)
+    assert "vgg16-fcn8s" in run(tmp_path, "sdca.py", *FEW, "--backbone", "vgg16-fcn8s", ok=False)
 
 
 @pytest.mark.skipif(not STREETS.exists(), reason=f"needs the photographs of {STREETS.name}, which are not part of the project")
@@ -698,7 +724,7 @@ def test_two_processes_share_one_run(tmp_path, start):
                  "--ramp", 0, "--tau", 0.5]
     run(tmp_path, "sdca.py", *arguments, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command("sdca.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+                    *command("sdca.py", *arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
     one, two = (torch.load(tmp_path / name / "sdca.pt", weights_only=True) for name in ("one", "two"))
     for level in ("feat", "out"):
         assert torch.equal(one[level]["count"], two[level]["count"])
@@ -710,5 +736,6 @@ def test_two_processes_share_one_run(tmp_path, start):
     assert moved > 1e-3 and apart < 0.01 * moved
     assert [line["stage"] for line in map(json.loads, (tmp_path / "one/log.jsonl").read_text().splitlines())] == [
         line["stage"] for line in map(json.loads, (tmp_path / "two/log.jsonl").read_text().splitlines())]  # one process writes
-    kept = [log(tmp_path / name, "pseudo-labels")[0]["kept"] for name in ("one", "two")]
-    assert kept[0] == pytest.approx(kept[1], abs=0.01) and len(list((tmp_path / "two/pseudo_labels").iterdir())) == 24
+    labelled = [log(tmp_path / name, "pseudo-labels")[0] for name in ("one", "two")]
+    assert all(labelled[0][key] == pytest.approx(labelled[1][key], abs=1e-3) for key in ("theta_high", "kept", "accuracy"))
+    assert len(list((tmp_path / "two/pseudo_labels").iterdir())) == 24
