@@ -15,6 +15,7 @@ Look at a data set before you train on it (counts, sizes, class shares, the firs
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -599,6 +600,7 @@ def training_augment(size, crop, scale, jitter=0.3):
 
     image uint8 (3, H, W), label uint8 (H, W). Where the scaled picture is smaller than `crop` it is padded, the label
     with 255. scale None: no scaling. Draws from torch's global generator, which `Batches` seeds for every item.
+    What is returned can be pickled, as loader processes need it where they are not forked.
     """
     from torchvision import tv_tensors
     from torchvision.transforms import v2
@@ -612,18 +614,27 @@ def training_augment(size, crop, scale, jitter=0.3):
         v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),
     ])
 
-    def augment(image, label):
-        if label is None:
-            return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
-        image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
-        return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+    return functools.partial(apply_augment, transform)
 
-    return augment
+
+def apply_augment(transform, image, label):
+    """The transform on an image and, if there is one, its label."""
+    from torchvision import tv_tensors
+
+    if label is None:
+        return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
+    image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
+    return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
 
 def with_padding_mask(augment):
     """`augment` for images without a label: they get one after all, 0 inside the picture and 255 where it is padded."""
-    return lambda image, label: augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
+    return functools.partial(augment_blank, augment)
+
+
+def augment_blank(augment, image, label):
+    """`augment` of an image with a label of zeros."""
+    return augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
 
 
 class Batches(Dataset):
