@@ -5,21 +5,22 @@
 
 READ THIS FIRST. Of the paper only the first page (title, authors, abstract) was available; the equations below are those
 of the authors' released code, and the two steps between the contrastive loss and its bound were worked out again. Labels
-such as SDCA-5 are this project's own, the paper's equation numbers are unknown. Equations, steps and flags carry their
-origin:
+such as SDCA-5 are this project's own, the paper's equation numbers are unknown. Sentences, equations and the real data's
+defaults carry their origin; the toy's defaults are ours:
 
     [P] stated by the paper's abstract       [C] the authors' code       [A] the authors in an issue thread
-    [D] derived here, checked numerically    [O] ours: unknown in the paper, or changed
+    [D] derived here, checked numerically
 
-The idea in five sentences [P; "mean and variance" and "closed form": C]
--------------------------------------------------------------------------
+The idea in five sentences
+--------------------------
 1. A pixel should look like its class in both domains: its representation should lie near the *distribution* that its
-   class has on the labelled source, for source pixels by their labels, for target pixels by confident predictions.
-2. A contrastive loss over pixels does that: it pulls a pixel towards pixels of its class and away from all others.
-3. Instead of drawing pairs of pixels, every class is described by mean and variance of all its source pixels, and the
-   loss is taken in expectation over infinitely many pairs.
-4. That expectation has an upper bound in closed form, as cheap as a linear classifier, and the bound is trained.
-5. Afterwards the adapted network labels the target, and a network is trained on the labels it is sure of (SSL).
+   class has on the labelled source [P], for source pixels by their labels, for target pixels by confident predictions [C].
+2. A contrastive loss over pixels does that: it pulls a pixel towards pixels of its class and away from all others [P].
+3. Instead of drawing pairs of pixels, every class is described by mean and variance of all its source pixels [C], and the
+   loss is taken over infinitely many pairs [P].
+4. That loss has an upper bound [P] in closed form, as cheap as a linear classifier, and the bound is trained [C].
+5. Self-supervised learning improves the result further [P]: the adapted network labels the target, and a network is trained
+   on the labels it is sure of (SSL) [C].
 
 Notation
 --------
@@ -40,7 +41,7 @@ Equations
     SDCA-3   l_inf = E_{m+ ~ y} log( exp(f.m+ / tau) + sum_{k != y} E_{m ~ k} exp(f.m / tau) ) - f.mu_y / tau            [D]
              infinitely many pairs [P]; class k is Gaussian, m ~ N(mu_k, Sigma_k), as the bound's form implies
     SDCA-4   z_k = f.mu_k / tau + f' Sigma_k f / (2 tau^2)            log of E_{m ~ k} exp(f.m / tau)                 [C]
-    SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  =  CE(z, y) + f' Sigma_y f / (2 tau^2)  >=  l_inf       [C]
+    SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  =  CE(z, y) + f' Sigma_y f / (2 tau^2)  >=  l_inf   [C, >= D]
              Jensen's inequality on the logarithm. The code has the right form; the left one needs no variance per pixel.
     SDCA-6   f' Sigma_k f = sum_a f_a^2 sigma_ka           diagonal [C], for want of memory [A]; the paper's is full, says a reader
     SDCA-7   L_feat = mean bound(source features, y_s) + mean bound(target features, y_t)                             [C]
@@ -55,8 +56,8 @@ Equations
              max_c P(c) over the target pixels predicted k), 0 if there are none; once, after the adaptation          [C]
 
 What SDCA-12 means for tau = 100 [D]. Features behind a ReLU have cosines in [0, 1], so for 19 classes the bound lies
-between 2.9350 and 2.9539 whatever happens: its value says nothing, and the log shows f.mu_y (own) and max_{k != y} f.mu_k
-(other) of the labelled target pixels instead. The loss is an almost linear pull of weight 1/tau. And the covariance adds
+between 2.9350 and 2.9539 whatever happens (the log's `feat` is the sum of source and target, `out` varies twice as much): its
+value says nothing, and the log shows f.mu_y (own) and max_{k != y} f.mu_k (other) of the confident target pixels as well. The loss is an almost linear pull of weight 1/tau. And the covariance adds
 at most 5e-5: with the authors' tau, "distribution-aware" is numerically almost the same as "centroid-aware"
 (--no-covariance). To see what the distribution adds, take tau between 0.1 and 1.
 
@@ -79,9 +80,11 @@ Deviations: authors' code / here
 --------------------------------
  1. Model selection. The best of all checkpoints by target validation labels, after each of three stages / always the last.
  2. Augmentation. Stages 1 to 3 whole images, no flip or scale; in stage 3 source images jittered, blurred, sometimes grey /
-    the recipe of all methods: scale, crop, flip and color jitter for both domains, in every stage.
+    the recipe of all methods: scale, crop, flip and colour jitter for both domains in every training stage. Their SSL crops from
+    images of 1024x2048 scaled by 0.5 to 1.5, ours from --size.
  3. Source sampling. Images drawn by rare classes, p ~ 1 / log(1.01 + share) (SDCA-15) / every image once per epoch.
- 4. Batch. 4 source + 4 target images on four GPUs, 8 target images in SSL / --batch-size of each domain.
+ 4. Batch. 4 source + 4 target images on four GPUs, 8 target images in SSL / --batch-size of each domain, 2 by default: with
+    their steps half their images, in SSL a quarter. Optimizer on the toy: AdamW, one rate for all layers.
  5. Source training. 20,000 steps, lr 5e-4, early stop / --warmup-iterations, --warmup-lr, poly to zero, as for all methods.
     A model of source_only.py given by --init was trained without the Lovasz term.
  6. Schedule. Poly over MAX steps stopped early at STOP (62500 / 40000 and 31250 / 20000), so that the last factor is 0.3987
@@ -101,7 +104,9 @@ Deviations: authors' code / here
 12. Resuming. Statistics were not saved / they are part of the checkpoint sdca.pt, counts are 64-bit integers.
 13. Evaluation. SSL models at 1024x2048, the others at 512x1024, which mixes two effects / all at --size; evaluate.py --size
     1024x2048 tells the other.
-14. Full covariance is not implemented, nor are the paper's PDD metric (definition unknown) and Cross-City.
+14. Before July 2021 the code compared raw logits with delta; which form made the published figures is unknown / softmax.
+15. Full covariance is not implemented, nor are labels by majority on the grid, statistics that forget, more rounds of SSL,
+    the PDD metric (definition unknown) and Cross-City.
 
 With --raw-statistics f is normalised first, and M and V of f are used as they are (as in the authors' later SePiCo): then
 the Gaussians are the data's own, while normalised variances keep a class's profile but lose how wide it is [D].
@@ -209,13 +214,14 @@ def contrastive_bound(features, labels, mean, variance=None, tau=100.0, normalis
 
 
 @torch.no_grad()
+@torch.no_grad()
 def cosines(features, labels, mean):
     """What to watch instead of the bound (SDCA-12): means over the pixels of f.mu_y and of max_{k != y} f.mu_k."""
     similarity = F.normalize(features, dim=1) @ F.normalize(mean, dim=1).to(features).T  # (n, C)
     valid = labels != common.IGNORE
     y = torch.where(valid, labels, 0)[:, None]  # (n, 1)
     other = similarity.scatter(1, y, -1.0).amax(1)  # (n,)
-    return masked_mean(similarity.gather(1, y)[:, 0], valid), masked_mean(other, valid)
+    return tuple(common.average(masked_mean(values, valid)) for values in (similarity.gather(1, y)[:, 0], other))
 
 
 def lovasz_softmax(prob, label):
@@ -354,11 +360,9 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 def source_loss(logits, label, lambda_lov):
     """SDCA-1: cross-entropy and Lovasz-softmax of stride-8 logits (N, C, h, w) at the size of the labels (N, H, W)."""
+    logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     loss = segmentation_loss(logits, label)
-    if lambda_lov > 0:
-        prob = common.upsample(logits.float(), label.shape[1:]).softmax(1)  # (N, C, H, W)
-        loss = loss + lambda_lov * lovasz_softmax(prob, label)
-    return loss
+    return loss + lambda_lov * lovasz_softmax(logits.softmax(1), label) if lambda_lov > 0 else loss
 
 
 def representations(maps, args):
@@ -393,7 +397,7 @@ def collect_statistics(model, statistics, args, run):
     for level in statistics:
         statistics[level].merge_processes()
         count = statistics[level].count
-        run.log("statistics", level, pixels=count.sum().item(), classes=(count > 0).sum().item())
+        run.log("statistics", level=level, pixels=count.sum().item(), classes=(count > 0).sum().item())
 
 
 @torch.no_grad()
@@ -455,7 +459,7 @@ def train_ssl(model, args, run, labels):
 
 def adaptation_lr(base, step, steps, args):
     """Learning rate of step 1 .. steps: the ramp, then poly over `horizon` times the steps (authors: MAX / STOP)."""
-    ramp = min(1.0, step / max(args.ramp, 1))  # new statistics of AdamW or momentum must not throw the network about
+    ramp = min(1.0, step / max(args.ramp, 1))  # the optimizer's first statistics must not throw the network about
     return ramp * poly_lr(base, step - 1, args.horizon * steps, args.power)
 
 
@@ -481,7 +485,7 @@ def parse_args():
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
     add("--tau", type=float, default=100.0, help="temperature [C]; below 1 the covariance counts")
     add("--delta", type=float, default=0.9, help="confidence above which a target pixel takes part in the adaptation [C]")
-    add("--lambda-lov", type=float, default=0.75, help="weight of Lovasz-softmax on source, in training from nothing too [C]")
+    add("--lambda-lov", type=float, default=0.75, help="weight of Lovasz-softmax on source, also in the warm-up [C]")
     add("--lambda-feat", type=float, default=1.0, help="weight of the bound on features, 0 for none [C]")
     add("--lambda-out", type=float, default=1.0, help="weight of the bound on logits, 0 for none [C]")
     add("--covariance", action=switch, default=True, help="without: zero covariance, centroid-aware")
@@ -497,13 +501,16 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.horizon < 1:
+        raise common.InputError(f"--horizon {args.horizon}: the poly decay cannot end before the last step, give 1 or more")
     if args.backbone == "vgg16-fcn8s":
         raise common.InputError("--backbone vgg16-fcn8s: SDCA needs features and logits on one grid, DeepLabV2's")
     run = common.Run("sdca", args)
     classes = common.task_classes(args.source)
     source_size = args.size if args.source == "toy" else args.source_size
     source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
-    target = common.target_dataset(args, "train", common.training_augment(args.size, args.crop, args.scale_jitter))
+    augment = common.training_augment(args.size, args.crop, args.scale_jitter)
+    target = common.target_dataset(args, "train", common.with_padding_mask(augment))
     common.target_dataset(args, "val")  # say now if something is missing
 
     # Step 1: the source-only model, trained here with SDCA-1 or given.
@@ -533,20 +540,21 @@ def main():
     for done, batch_s, batch_t in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
         set_lr(optimizer, adaptation_lr(args.lr, done, args.iterations, args))
         x_s, y_s = common.to_device(batch_s, args.device)
-        x_t = batch_t["image"].to(args.device, memory_format=torch.channels_last, non_blocking=True)
+        x_t, padding = common.to_device(batch_t, args.device)  # (N, 3, H, W), (N, H, W): 255 outside the picture, else 0
         with common.autocast(args.device, args.precision):
             (features_s, logits_s), (features_t, logits_t) = model(x_s), model(x_t)  # (N, D, h, w), (N, C, h, w)
         losses = {"sup": source_loss(logits_s, y_s, args.lambda_lov)}  # SDCA-1
         loss = losses["sup"]
 
         y_s = grid_labels(y_s, logits_s.shape[2:]).flatten()  # (n,)
-        y_t = online_labels(logits_t, args.delta).flatten()  # (n,), SDCA-13
+        y_t = online_labels(logits_t, args.delta)  # (N, h, w), SDCA-13
+        y_t = torch.where(grid_labels(padding, y_t.shape[1:]) == 0, y_t, common.IGNORE).flatten()  # (n,)
         losses["kept"] = (y_t != common.IGNORE).float().mean()
         for level, maps_s, maps_t in (("feat", features_s, features_t), ("out", logits_s, logits_t)):
             if level in weights:
                 r_s, r_t = representations(maps_s, args), representations(maps_t, args)  # (n, D)
                 pool_batch(statistics[level], r_s, y_s)  # SDCA-10, source pixels only, before the loss
-                mean, variance = statistics[level].mean, statistics[level].variance if args.covariance else None
+                mean, variance = statistics[level].mean, (statistics[level].variance if args.covariance else None)
                 losses[level] = sum(contrastive_bound(r, y, mean, variance, args.tau, not args.raw_statistics)
                                     for r, y in ((r_s, y_s), (r_t, y_t)))  # SDCA-7, SDCA-8
                 losses[f"own_{level}"], losses[f"other_{level}"] = cosines(r_t, y_t, mean)
