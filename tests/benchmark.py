@@ -8,12 +8,14 @@ measured for SDCA's statistics alone, in processes of their own; their textbook 
 """
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import drsl
+import scale_invariant as lse
 import sdca
 
 
@@ -42,8 +45,8 @@ def measure(function, device, runs=7):
     return statistics.median(times), peak
 
 
-def report(title, ours, textbook, device):
-    (a, peak_a), (b, peak_b) = measure(ours, device), measure(textbook, device)
+def report(title, ours, textbook, device, runs=7):
+    (a, peak_a), (b, peak_b) = measure(ours, device), measure(textbook, device, runs)
     memory = "" if peak_a is None else f"   memory {peak_a:.3f} / {peak_b:.3f} GiB"
     print(f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms   {b / a:6.1f} x faster{memory}", flush=True)
 
@@ -266,6 +269,68 @@ def sdca_steps(device, precision, backbone, size, batch):
     full, full_peak = measure(lambda: step(True), device)
     memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
     print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, SDCA {full:.0f} ms, "
+def filter_textbook(normalised, prob, thresholds):
+    """LSE-10 pixel by pixel, each deciding for itself which class it belongs to: the form of the authors' loop. numpy arrays."""
+    keep = np.zeros(normalised.shape, bool)
+    for y in range(keep.shape[0]):
+        for x in range(keep.shape[1]):
+            keep[y][x] = normalised[y][x] < thresholds[np.argmax(prob[y][x])]
+    return keep
+
+
+def ranking_textbook(prob):
+    """LSE-5, -7 and -11 of one image pixel by pixel, prob (H, W, C) as a list: s and u, None for an absent class."""
+    pixels = [[] for _ in prob[0][0]]
+    for row in prob:
+        for p in row:
+            best = max(p)
+            pixels[p.index(best)].append((best, -sum(v * math.log(v + 1e-12) for v in p)))
+    s, u = [], []
+    for mine in pixels:
+        entropies = [e for _, e in mine]
+        low, span = (min(entropies), max(entropies) - min(entropies) or 1) if mine else (0, 1)
+        s.append(sum(q for q, _ in mine) / len(mine) if mine else None)
+        u.append(sum((e - low) / span for e in entropies) / len(mine) if mine else None)
+    return s, u
+
+
+def lse_equations(device):
+    """One target image of the real task: 512x1024, 19 classes."""
+    C, H, W = 19, 512, 1024
+    logits = 3 * torch.randn(1, C, H // 8, W // 8, device=device).to(memory_format=torch.channels_last)  # as networks give them
+    prob = common.upsample(logits, (H, W)).softmax(1)[0]
+    label, thresholds = prob.argmax(0), torch.rand(C, device=device)
+    normalised = lse.normalised_entropy(lse.pixel_entropy(prob), label)
+    arrays = normalised.cpu().numpy(), prob.permute(1, 2, 0).contiguous().cpu().numpy(), thresholds.cpu().numpy()
+    report("LSE-10 filter of an image, predicted classes given", lambda: lse.keep_confident(normalised, label, thresholds),
+           lambda: filter_textbook(*arrays), device, runs=3)
+    report("LSE-10 filter of an image from its probabilities", lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds),
+           lambda: filter_textbook(*arrays), device, runs=3)
+    report("LSE-5, -7, -11 ranking statistics of an image", lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
+           lambda: ranking_textbook(arrays[1].tolist()), device, runs=3)
+
+
+def lse_steps(device, precision, backbone, size, batch):
+    """One training step of LSE, focal loss included, against the same step with cross-entropies only."""
+    C = 19
+    model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
+    common.freeze_batch_norm(model)
+    optimizer = lse.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
+    lse.set_lr(optimizer, 1e-6)
+    x = torch.randn(2, batch, 3, *size, device=device)
+    y = torch.randint(C, (2, batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    def step(focal):
+        with common.autocast(device, precision):
+            logits_s, logits_t = (model(images.to(memory_format=torch.channels_last))[1] for images in x)
+        loss = lse.segmentation_loss(logits_s, y[0]) + lse.segmentation_loss(logits_t, y[1])
+        if focal:
+            loss = loss + 0.1 * lse.focal_loss(logits_t, y[1], 3.0)
+        lse.descend(loss, optimizer, model)
+
+    (plain, plain_peak), (full, full_peak) = (measure(lambda: step(focal), device) for focal in (False, True))
+    memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
+    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, LSE {full:.0f} ms, "
           f"ratio {full / plain:.2f}{memory}", flush=True)
 
 
@@ -274,14 +339,13 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     args = parser.parse_args()
     print(common.versions())
-    equations(args.device)
-    sdca_equations(args.device)
+    for measure_equations in (equations, sdca_equations, lse_equations):
+        measure_equations(args.device)
     for precision in ("fp32", "bf16"):
-        steps(args.device, precision, "resnet18", (80, 160), 4)
-        sdca_steps(args.device, precision, "resnet18", (80, 160), 4)
-        if args.device == "cuda":
-            steps(args.device, precision, "resnet101", (512, 1024), 2)
-            sdca_steps(args.device, precision, "resnet101", (512, 1024), 2)
+        for measure_steps in (steps, sdca_steps, lse_steps):
+            measure_steps(args.device, precision, "resnet18", (80, 160), 4)
+            if args.device == "cuda":
+                measure_steps(args.device, precision, "resnet101", (512, 1024), 2)
 
 
 if __name__ == "__main__":
