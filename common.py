@@ -1115,7 +1115,7 @@ def shared_parser(doc, adapts=False):
     add("--save-every", type=int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=int, metavar="T", default=by_source(800, 60000), help="steps of source-only training")
+        add("--warmup-iterations", type=int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
         add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
         add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")

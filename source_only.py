@@ -103,7 +103,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=int, metavar="T", default=common.by_source(800, 60000), help="training steps")
+    add("--iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="training steps")
     add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)

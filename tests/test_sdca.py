@@ -603,7 +603,7 @@ def test_one_command_runs_all_stages(whole):
     assert "SDCA, no SSL" in out and "motorcycle" in out
     grid = 24 * 4 * 8  # pixels of the source on the grid, some of them void
     passes = log(folder, "statistics")
-    assert [line["step"] for line in passes] == ["feat", "out"] and 0.5 * grid < passes[0]["pixels"] == passes[1]["pixels"] <= grid
+    assert [line["level"] for line in passes] == ["feat", "out"] and 0.5 * grid < passes[0]["pixels"] == passes[1]["pixels"] <= grid
     saved = torch.load(folder / "sdca.pt", weights_only=True)
     assert passes[0]["pixels"] < saved["feat"]["count"].sum().item() <= grid + 3 * 2 * 4 * 8  # source batches only
     assert saved["feat"]["mean"].shape == (16, 512) and saved["out"]["variance"].shape == (16, 16) and saved["step"] == 3
@@ -659,7 +659,7 @@ def test_switching_levels_and_self_training_off(tmp_path, start):
     assert same_weights(tmp_path / "feat/source_only.pt", start)
     assert list(result(tmp_path / "feat")["columns"]) == ["source only", "+ BN target", "SDCA"]
     assert same_weights(tmp_path / "feat/sdca.pt", tmp_path / "feat/last.pt") and not log(tmp_path / "feat", "ssl")
-    assert not (tmp_path / "feat/pseudo_labels").exists() and [line["step"] for line in log(tmp_path / "feat", "statistics")] == ["feat"]
+    assert not (tmp_path / "feat/pseudo_labels").exists() and [line["level"] for line in log(tmp_path / "feat", "statistics")] == ["feat"]
     last = log(tmp_path / "feat", "adapt")[-1]
     assert "feat" in last and "out" not in last
     run(tmp_path, "sdca.py", *few, "--no-ssl", "--lambda-feat", 0, "--no-covariance", "--delta", 2, "--out", "out")
