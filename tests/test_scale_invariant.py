@@ -452,6 +452,15 @@ def test_written_labels_are_those_of_the_equations(tmp_path, start):
     kept = {i for images in lists for i in images[:int(len(images) / 19)]}
     assert sorted(kept) == sorted({p[0] for p in state["patches"]}) and len(kept) > 0
     assert state["references"] == [images[int(len(images) / 19)] if images else -1 for images in lists]
+    gaps = []
+    entropy_of = lambda prob: -(prob * (prob + 1e-12).log()).sum(0).mean().item()
+    for index, n, y, x in state["patches"]:
+        if n == 0:  # P12: the enlarged patch predicted, against the whole image's prediction enlarged
+            patch = F.interpolate(images[index]["image"][None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)
+            there = F.interpolate(probs[index][None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)[0]
+            gaps.append(entropy_of(common.predict(model, patch, (32, 64))[0]) - entropy_of(there))
+    assert next(line for line in lines(tmp_path / "run") if "entropy_gap" in line)["entropy_gap"] == pytest.approx(
+        sum(gaps) / len(gaps), abs=2e-4)
     for index, n, y, x in state["patches"][:6]:
         prob, label = probs[index], probs[index].argmax(0)
         entropy, keep = -(prob * prob.log()).sum(0), torch.zeros(32, 64, dtype=torch.bool)

@@ -304,11 +304,14 @@ def test_range_at_the_authors_temperature():  # P9, SDCA-12
 
 
 def test_bound_is_almost_linear_at_the_authors_temperature():  # SDCA-12
-    f, (mean, variance), y = randn(100, D).abs(), gaussians(), labels(100)
-    unit, mu = F.normalize(f, dim=1), F.normalize(mean.abs(), dim=1)
-    linear = math.log(C) - (unit * (mu[y] - mu.mean(0))).sum(1).mean().item() / 100
-    assert contrastive_bound(f, y, mean.abs(), variance).item() == pytest.approx(linear, abs=1.5e-4)  # the next order: 1 / tau^2
-    assert abs(linear - math.log(C)) < 0.01
+    """Near its own class mean a pixel's linear term is large; what is left falls with 1 / tau^2, whatever the covariance."""
+    (mean, variance), y = gaussians(), labels(100)
+    f = mean[y] + 0.1 * randn(100, D)
+    unit, mu = F.normalize(f, dim=1), F.normalize(mean, dim=1)
+    term = (unit * (mu[y] - mu.mean(0))).sum(1).mean().item()
+    rest = {tau: contrastive_bound(f, y, mean, variance, tau).item() - math.log(C) + term / tau for tau in (100.0, 200.0)}
+    assert term / 100 > 5e-3 and abs(rest[100.0]) < 2e-4
+    assert rest[100.0] / rest[200.0] == pytest.approx(4, rel=0.05)
 
 
 def test_gradient_reaches_labelled_features_only():  # P10
@@ -651,6 +654,16 @@ def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, 
     assert same_training(tmp_path / "cut", whole[0])
     assert same_weights(tmp_path / "cut/last.pt", whole[0] / "last.pt")
     assert result(tmp_path / "cut")["columns"] == result(whole[0])["columns"]
+
+
+def test_the_total_loss_is_assembled_as_written(tmp_path, start):  # SDCA-9
+    """With weights that differ; and padding, which a scale below 1 brings, is no confident pixel (delta 0 keeps all others)."""
+    flags = ["--lambda-feat", 0.3, "--lambda-out", 2, "--tau", 0.5, "--delta", 0, "--no-ssl", "--scale-jitter", 0.5, 0.5]
+    run(tmp_path, "sdca.py", *FEW, "--init", start, "--out", "run", *flags)
+    steps = log(tmp_path / "run", "adapt")
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["sup"] + 0.3 * line["feat"] + 2 * line["out"], rel=1e-5)
+        assert 0.2 < line["kept"] < 0.4  # a quarter of the crop, and what the grid's corners add
 
 
 def test_switching_levels_and_self_training_off(tmp_path, start):
