@@ -82,8 +82,7 @@ Choices where the sources are silent or differ: source / here
  6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
     pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
  7. Optimizer. CRST: SGD, a fresh one every round / one for all rounds, and its learning rate rises over the first --ramp
-    steps. On the toy (AdamW) this came with a better score, but rate and rounds were changed with it: the effect was not
-    isolated. Our guess is that AdamW's first steps, which move every weight by the full rate, cost the rare classes most.
+    steps, because the first steps of a fresh AdamW move every weight by the full rate. Neither was measured by itself.
  8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
     own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm).
  9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
@@ -373,6 +372,8 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
         run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
             run.save(file, common.pack_training(model, optimizer, args, step))
+    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
+        common.broadcast(buffer)
     model.eval()
 # --- end ---
 

@@ -96,6 +96,8 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
         run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
             run.save(file, common.pack_training(model, optimizer, args, step))
+    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
+        common.broadcast(buffer)
     model.eval()
 # --- end ---
 
