@@ -880,11 +880,14 @@ def evaluate_source_only(model, args):
     return columns
 
 
-def compare_with_source_only(model, args, run, title):
-    """The end of every method: its model beside the run's source-only model, as table, result.json and picture."""
+def compare_with_source_only(model, args, run, title, **more):
+    """The end of every method: its model beside the run's source-only model, as table, result.json and picture.
+
+    more: further entries of result.json.
+    """
     path = run.folder / "source_only.pt"
     source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
-    run.finish({**evaluate_source_only(source_model, args), title: evaluate_target(model, args)})
+    run.finish({**evaluate_source_only(source_model, args), title: evaluate_target(model, args)}, **more)
     comparison_panel(run.folder / "panel.png", {"source only": source_model, title: model}, args)
 
 
@@ -1203,12 +1206,12 @@ class Run:
         if self.interrupted:
             sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
 
-    def finish(self, columns):
-        """Prints the table of {title: scores} and writes result.json: the last column's scores and all the others."""
+    def finish(self, columns, **more):
+        """Prints the table of {title: scores} and writes result.json: the last column's scores, all the others, and `more`."""
         if rank() == 0:
             peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
             result = {**list(columns.values())[-1], "columns": columns, "seconds": round(self.seconds(), 1),
-                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
+                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions(), **more}
             write_atomically(self.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
             print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
                   f"written to {self.folder}", flush=True)
