@@ -149,9 +149,9 @@ def rectify(soft_label, similarity, temperature=0.08):
 
     The argmax of the product is that of the sum of logarithms.
     """
-    log_p_sl = (similarity / temperature).log_softmax(1)  # CPSL-16
+    log_p_sl = (similarity.float() / temperature).log_softmax(1)  # CPSL-16
     # CPSL-17
-    return (log_p_sl + soft_label.log()).argmax(1)  # (N, H, W)
+    return (log_p_sl + soft_label.float().log()).argmax(1)  # (N, H, W)
 
 
 def symmetric_cross_entropy(logits, label, alpha=0.1, beta=1.0):
