@@ -131,17 +131,18 @@ import common
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K) whose rows sum to 1.
 
-    In log space, which no score over- or underflows, and in float32 at least, also under autocast. The mean row approaches r
-    with more iterations; a class with r_k = 0 gets nothing.
+    In float32 at least, also under autocast. The first round is in logarithms, which no score over- or underflows; from then on
+    rows are distributions and no class with r_k > 0 is empty. The mean row approaches r with more rounds; r_k = 0 gets nothing.
     """
-    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (..., B, K)
-    lowest = torch.finfo(log_q.dtype).min  # stands for the logarithm of a class's mass where that is zero
-    for _ in range(iterations):
-        # CPSL-6: first class k gets the mass r_k, ...
-        log_q = log_q - log_q.logsumexp(-2, keepdim=True).clamp(min=lowest) + marginal.to(log_q).log()
-        # ... then every pixel the same; the constant factor between 1/B and 1 cancels in the next round
-        log_q = log_q.log_softmax(-1)
-    return log_q.exp()
+    S = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    r = marginal.to(S)
+    # CPSL-6, first round: class k gets the mass r_k, then every pixel 1, which is 1/B up to a factor that cancels
+    q = ((S / epsilon).log_softmax(-2) + r.log()).softmax(-1)  # (..., B, K)
+    for _ in range(iterations - 1):
+        # CPSL-6, the same again
+        q = q * (r / q.sum(-2, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny))
+        q = q / q.sum(-1, keepdim=True)
+    return q
 
 
 def rectify(soft_label, similarity, temperature=0.08):
