@@ -880,13 +880,14 @@ def evaluate_source_only(model, args):
     return columns
 
 
-def compare_with_source_only(model, args, run, title, **more):
+def compare_with_source_only(model, args, run, title, source_model=None, **more):
     """The end of every method: its model beside the run's source-only model, as table, result.json and picture.
 
-    more: further entries of result.json.
+    source_model: that model, rebuilt from the run folder unless given. more: further entries of result.json.
     """
-    path = run.folder / "source_only.pt"
-    source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+    if source_model is None:
+        path = run.folder / "source_only.pt"
+        source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
     run.finish({**evaluate_source_only(source_model, args), title: evaluate_target(model, args)}, **more)
     comparison_panel(run.folder / "panel.png", {"source only": source_model, title: model}, args)
 
@@ -1271,9 +1272,9 @@ def load_weights(model, state, path, what):
         raise InputError(f"{path}: does not fit {what} ({reason})") from error
 
 
-def build_model(args):
+def build_model(args, network=DeepLabV2):
     """The network that every method trains: ready on its device, batch norm frozen or live as asked."""
-    model = DeepLabV2(len(task_classes(args.source)), args.backbone, args.backbone_weights)
+    model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
     if args.freeze_bn:
         freeze_batch_norm(model)
     return model.to(args.device, memory_format=torch.channels_last)
@@ -1288,7 +1289,8 @@ def to_device(batch, device):
 def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
     return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
-            "size": list(args.size), "classes": list(task_classes(args.source)), "model": model.state_dict()}
+            "size": list(args.size), "classes": list(task_classes(args.source)), "head": getattr(args, "head", "deeplab"),
+            "model": model.state_dict()}
 
 
 def pack_training(model, optimizer, args, step, **parts):
@@ -1322,6 +1324,8 @@ def unpack_model(checkpoint, path):
     missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
+    if checkpoint.get("head", "deeplab") != "deeplab":  # cpsl.py --head proda
+        raise InputError(f"{path}: trained with --head {checkpoint['head']}, which only the script that trained it can rebuild")
     model = DeepLabV2(len(checkpoint["classes"]), checkpoint["backbone"])
     load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
     return model

@@ -43,7 +43,7 @@ Equations
              t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                               [C]
     CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + L_KD                                [C]
-    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student                  [O: 8]
+    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student              [O, see 8]
     CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                         that [F], form [C]
     CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                 product [F], hard label [C]
 
@@ -88,12 +88,12 @@ Authors' code (or paper) / here
 10. The pixels of an image enter the bank before the next image is solved; one draw of positions for all images / all images
     are solved at once, then enter; a draw per image, never from padding. Before the bank is full it is not used / the same.
 11. The momentum network in training mode: batch norm of the whole image, Dropout2d on / training mode, so that live batch norm
-    sees the target batch's own statistics (frozen batch norm: no difference), dropout off.
+    sees the target batch's own statistics (frozen batch norm: no difference); there is no dropout.
 12. Warm-up by adversarial training (LSGAN) to 41.4 mIoU / source-only training; the author expects a drop from that.
 13. Prototypes: four passes, image means of classes with at least 10 of 33 153 positions, at most 3000 images / one pass, the
     same share of the grid, no bound. A class that the warm-up model never predicts has r_k = 0 and a random prototype.
-14. Features: 256 channels of ProDA's head / the shared DeepLabV2's last layer. Its ReLU leaves no negative channel, so that
-    all cosines are near one another and the rectification is weaker.
+14. Features: 256 signed channels of ProDA's head / the shared DeepLabV2's last layer, after its ReLU. --head proda has the
+    authors' head without Dropout2d; it trains its own source-only model, and only this file can rebuild its checkpoints.
 15. SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps its poly schedule takes a
     root of a negative number / the same rates on real data, the project's decay 5e-4 but none on prototypes; it ends at T.
 16. Synchronised batch norm, crops of 896x512 from images 2200 wide / the project's one recipe.
@@ -110,6 +110,7 @@ Expect on the toy (FIGURES).
     python cpsl.py --marginal uniform                   # the same with a transport problem that knows nothing of the classes
     python cpsl.py --no-rectify                         # plain self-training on argmax P_ST
     python cpsl.py --distill 2                          # with both distillation stages
+    python cpsl.py --head proda                         # the authors' head under the prototypes
     python cpsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
 
@@ -303,6 +304,33 @@ def update_average(average, model, momentum):
         mean.copy_(new)
 
 
+class ProDANetwork(common.DeepLabV2):
+    """The shared backbone under the authors' head (--head proda) [C]: a signed feature of 256 channels for the prototypes.
+
+    Five branches of 256 channels side by side, reweighted by squeeze and excitation, merged by a 3x3 convolution.
+    """
+
+    def __init__(self, num_classes, backbone="resnet101", weights="none"):
+        super().__init__(num_classes, backbone, weights)
+        kernels = [{"kernel_size": 1}] + [{"kernel_size": 3, "padding": d, "dilation": d} for d in (6, 12, 18, 24)]
+        self.classifier = nn.ModuleDict({
+            "branches": nn.ModuleList(
+                nn.Sequential(nn.Conv2d(self.feature_dim, 256, **kernel), nn.GroupNorm(32, 256), nn.ReLU(inplace=True))
+                for kernel in kernels),
+            "excite": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1280, 80, 1), nn.ReLU(inplace=True),
+                                    nn.Conv2d(80, 1280, 1), nn.Sigmoid()),
+            "merge": nn.Sequential(nn.Conv2d(1280, 256, 3, padding=1), nn.GroupNorm(32, 256)),
+            "classify": nn.Conv2d(256, num_classes, 1, bias=False)})
+        nn.init.normal_(self.classifier["classify"].weight, std=0.01)
+        self.feature_dim = 256
+
+    def forward(self, images):
+        features = self.backbone(images)  # (N, 3, H, W) -> (N, D, h, w)
+        maps = torch.cat([branch(features) for branch in self.classifier["branches"]], 1)  # (N, 1280, h, w)
+        features = self.classifier["merge"](maps * self.classifier["excite"](maps))  # (N, 256, h, w)
+        return features, self.classifier["classify"](features)
+
+
 # =================================================== the training ===================================================
 
 
@@ -367,6 +395,11 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 # --- end ---
 
 
+def build_model(args):
+    """The network with the head that was asked for."""
+    return common.build_model(args, ProDANetwork if args.head == "proda" else common.DeepLabV2)
+
+
 def with_mask(augment):
     """`augment` for images without a label: they get one after all, 0 inside the picture and 255 where it is padded."""
     return lambda image, label: augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
@@ -381,7 +414,8 @@ def strong_view(images, seed):
     """The same scenes, some blurred, some with other colours: (N, 3, H, W) normalised -> the same. Geometry stays."""
     from torchvision.transforms import v2
 
-    distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
+    distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5),
+                          v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (common.MEAN, common.STD))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -475,7 +509,7 @@ def label_target(model, args, folder):
 def distill(teacher, source, args, run, stage, file):
     """Step 4: a student that starts anew learns from source labels, from the teacher's sure labels and from its softmax."""
     torch.manual_seed(common.mix_seed(args.seed, 9, stage))
-    student, steps = common.build_model(args), args.distill_iterations
+    student, steps = build_model(args), args.distill_iterations
     optimizer, done = make_optimizer(student, args), 0
     if args.resume and (run.folder / file).exists():
         done = common.load_training(run.folder / file, student, optimizer)
@@ -543,14 +577,15 @@ def parse_args():
     add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 1e-4), help="its base learning rate [C]")
     add("--head-scale", type=float, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for classifier and prototypes [C]; --head-lr is that of warm-up and distillation")
-    add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: histogram of the warm-up model's labels [A], or 1/K")
+    add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors' head, with its own warm-up")
+    add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: share of the warm-up model's labels [A], or 1/K")
     add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST, no prototypes, no momentum copy")
     add("--temperature", type=float, metavar="T", default=0.08, help="of the cosine softmax [C]")
     add("--epsilon", type=float, default=0.05, help="eps, weight of the entropy in the transport problem [C]")
     add("--sinkhorn-iterations", type=int, metavar="N", default=3, help="n_it [C]")
     add("--pixels", type=common.positive_int, metavar="N", default=common.by_source(64, 256), help="pixels per image in L_SL [C]")
     add("--bank", type=int, metavar="N", default=common.by_source(4096, 65536), help="pixels in the memory bank, 0 for none [C]")
-    add("--ema", type=float, metavar="X", default=common.by_source(0.99, 0.999), help="momentum of the copies of network and prototypes [C]")
+    add("--ema", type=float, metavar="X", default=common.by_source(0.99, 0.999), help="momentum of the two copies [C]")
     add("--alpha", type=float, default=0.1, help="weight of CE on the target [C]")
     add("--beta", type=float, default=1.0, help="weight of reverse CE on the target [C]")
     add("--lambda-sl", type=float, default=0.1, help="weight of the self-labelling loss [C]")
@@ -568,6 +603,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.head == "proda" and args.init:
+        raise common.InputError("--init: no checkpoint of source_only.py has the --head proda, which trains its own warm-up model")
     run = common.Run("cpsl", args)
     source_size = args.size if args.source == "toy" else args.source_size
     source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
@@ -576,11 +613,12 @@ def main():
     common.target_dataset(args, "val")  # say now if something is missing
 
     # Step 1: the source-only model, trained here or given.
-    model = common.build_model(args)
+    model = build_model(args)
     if args.init:
         common.load_init(model, args, run)
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
+    source_model = copy.deepcopy(model)
 
     # Step 2: the frozen warm-up model, the class marginal, the prototypes; momentum copies and empty banks.
     warm, marginal, prototypes = prepare(model, args, run)
@@ -672,7 +710,7 @@ def main():
 
     # Step 5: all models on the target's validation split.
     report = class_report({"warm-up": warm, "CPSL": model}, args, run)
-    common.compare_with_source_only(model, args, run, "CPSL", classes=report)
+    common.compare_with_source_only(model, args, run, "CPSL", source_model, classes=report)
 
 
 if __name__ == "__main__":
