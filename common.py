@@ -970,12 +970,16 @@ def evaluate_source_only(model, args):
     return columns
 
 
-def compare_with_source_only(model, args, run, title):
-    """The end of every method: its model beside the run's source-only model, as table, result.json and picture."""
-    path = run.folder / "source_only.pt"
-    source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
-    run.finish({**evaluate_source_only(source_model, args), title: evaluate_target(model, args)})
-    comparison_panel(run.folder / "panel.png", {"source only": source_model, title: model}, args)
+def compare_with_source_only(models, args, run, source_model=None):
+    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
+
+    source_model: that model, where it cannot be rebuilt from the run folder.
+    """
+    if source_model is None:
+        path = run.folder / "source_only.pt"
+        source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+    run.finish({**evaluate_source_only(source_model, args), **{title: evaluate_target(m, args) for title, m in models.items()}})
+    comparison_panel(run.folder / "panel.png", {"source only": source_model, **models}, args)
 
 
 def scores(metric, classes):
@@ -983,7 +987,8 @@ def scores(metric, classes):
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
     stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
-    over classes of which none occurs is None.
+    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as predicted
+    and in truth; `misplaced` is half the sum of their differences, what a classifier that balances its classes keeps low.
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -994,10 +999,14 @@ def scores(metric, classes):
     if tuple(classes) == SYNTHIA_16:
         result["miou13"] = mean(SYNTHIA_13)
     result["rare"] = mean(RARE)
+    pixels = 100 * metric.confusion.double() / metric.confusion.sum().clamp(min=1)
+    predicted, true = pixels.sum(0), pixels.sum(1)  # (C,)
+    result["share"] = dict(zip(classes, zip(predicted.tolist(), true.tolist())))
+    result["misplaced"] = (predicted - true).abs().sum().item() / 2
     return result
 
 
-MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare"}  # title in tables: key in `scores`
+MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare", "misplaced %": "misplaced"}  # title in tables: key in `scores`
 
 
 def score_table(columns):
@@ -1365,9 +1374,9 @@ def load_weights(model, state, path, what):
         raise InputError(f"{path}: does not fit {what} ({reason})") from error
 
 
-def build_model(args):
+def build_model(args, network=build_network):
     """The network that every method trains: ready on its device, batch norm frozen or live as asked."""
-    model = build_network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
+    model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
     if args.freeze_bn:
         freeze_batch_norm(model)
     return model.to(args.device, memory_format=torch.channels_last)
@@ -1382,7 +1391,8 @@ def to_device(batch, device):
 def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
     return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
-            "size": list(args.size), "classes": list(task_classes(args.source)), "model": model.state_dict()}
+            "size": list(args.size), "classes": list(task_classes(args.source)), "head": getattr(args, "head", "deeplab"),
+            "model": model.state_dict()}
 
 
 def pack_training(model, optimizer, args, step, **parts):
@@ -1417,6 +1427,8 @@ def unpack_model(checkpoint, path):
     missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
+    if checkpoint.get("head", "deeplab") != "deeplab":  # cpsl.py --head proda
+        raise InputError(f"{path}: trained with --head {checkpoint['head']}, which only the script that trained it can rebuild")
     model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
     load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
     return model

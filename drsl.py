@@ -588,7 +588,7 @@ def main():
     # Step 4: both models on the target's validation split.
     common.adapt_batch_norm(model, args)
     run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
-    common.compare_with_source_only(model, args, run, "DRSL")
+    common.compare_with_source_only({"DRSL": model}, args, run)
 
 
 if __name__ == "__main__":

@@ -513,7 +513,7 @@ def main():
     # Step 5: both models on the target's validation split.
     common.adapt_batch_norm(model, args)
     run.save("last.pt", common.pack_training(model, optimizer, args, done))
-    common.compare_with_source_only(model, args, run, "LSE")
+    common.compare_with_source_only({"LSE": model}, args, run)
 
 
 if __name__ == "__main__":

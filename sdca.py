@@ -74,7 +74,7 @@ The algorithm                                                                   
                                                                                        pseudo_labels
 5. Self-supervised training on them, SDCA-11: from the backbone's own weights          train_ssl
    (--from-scratch-ssl, the authors' way) or from the adapted model.
-6. Evaluate the last checkpoint, and the model before step 4 beside it.                compare
+6. Evaluate the last checkpoint, and the model before step 4 beside it.
 
 Deviations: authors' code / here
 --------------------------------
@@ -465,19 +465,6 @@ def adaptation_lr(base, step, steps, args):
     return ramp * poly_lr(base, step - 1, args.horizon * steps, args.power)
 
 
-def compare(model, args, run):
-    """The end: table, result.json and picture. With SSL, the model before it has a column of its own."""
-    models = {}
-    for title, file in (("source only", "source_only.pt"), ("SDCA, no SSL", "sdca.pt")):
-        path = run.folder / file
-        stored = common.unpack_model(common.read_checkpoint(path), path)
-        models[title] = stored.to(args.device, memory_format=torch.channels_last)
-    columns = common.evaluate_source_only(models["source only"], args)
-    columns["SDCA, no SSL"] = common.evaluate_target(models["SDCA, no SSL"], args)
-    run.finish({**columns, "SDCA": common.evaluate_target(model, args)})
-    common.comparison_panel(run.folder / "panel.png", {**models, "SDCA": model}, args)
-
-
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -571,7 +558,7 @@ def main():
 
     if not args.ssl:
         run.save("last.pt", common.pack_training(model, optimizer, args, done, **statistics))
-        common.compare_with_source_only(model, args, run, "SDCA")
+        common.compare_with_source_only({"SDCA": model}, args, run)
         return
 
     # Steps 4 and 5: pseudo-labels by the adapted model, then training on them alone.
@@ -584,7 +571,8 @@ def main():
     train_ssl(model, args, run, labels)
 
     # Step 6: all models on the target's validation split.
-    compare(model, args, run)
+    before = common.unpack_model(common.read_checkpoint(run.folder / "sdca.pt"), "sdca.pt").to(args.device, memory_format=torch.channels_last)
+    common.compare_with_source_only({"SDCA, no SSL": before, "SDCA": model}, args, run)
 
 
 if __name__ == "__main__":

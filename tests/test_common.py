@@ -426,6 +426,8 @@ def test_absent_classes_do_not_dilute_the_mean():
     result = common.scores(metric, SYNTHIA_16)
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
     assert result["rare"] is None  # no class of the long tail occurs in the labels
+    assert result["share"]["road"] == (50, 50) and result["share"]["sidewalk"] == (25, 50) and result["share"]["wall"] == (25, 0)
+    assert result["misplaced"] == pytest.approx(25)
     assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
