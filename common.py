@@ -853,8 +853,8 @@ def adapt_batch_norm(model, args, images=400):
     """Replaces live batch norms' running statistics by their averages over augmented target training images.
 
     Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779), and a comparison without it
-    would credit a method that trains with live batch norm with it. The images are augmented as in training, because
-    statistics of clean images do not fit weights that were trained on augmented ones. Frozen norms stay as they are.
+    would credit a method that trains with live batch norm with it. The images are augmented as in training, so
+    that the statistics fit weights that were trained on such images. Frozen norms stay as they are.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad]
     if not norms:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ENVIRONMENT, PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -776,7 +776,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     run(tmp_path, "cpsl.py", *arguments, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                     *command("cpsl.py", *arguments, "--out", "two")[1:]],
-                   cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+                   cwd=tmp_path, check=True, capture_output=True)
     one, two = tmp_path / "one", tmp_path / "two"
     assert [line["stage"] for line in map(json.loads, (one / "log.jsonl").read_text().splitlines())] == [
         line["stage"] for line in map(json.loads, (two / "log.jsonl").read_text().splitlines())]  # one process writes
