@@ -405,11 +405,6 @@ def build_model(args):
     return common.build_model(args, ProDANetwork if args.head == "proda" else common.build_network)
 
 
-def with_mask(augment):
-    """`augment` for images without a label: they get one after all, 0 inside the picture and 255 where it is padded."""
-    return lambda image, label: augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
-
-
 def on_grid(valid, size):
     """bool (N, H, W) -> (N, h, w), nearest neighbour."""
     return F.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0].bool()
@@ -590,7 +585,7 @@ def main():
     run = common.Run("cpsl", args)
     source_size = args.size if args.source == "toy" else args.source_size
     source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
-    augment = with_mask(common.training_augment(args.size, args.crop, args.scale_jitter))
+    augment = common.with_padding_mask(common.training_augment(args.size, args.crop, args.scale_jitter))
     target = common.target_dataset(args, "train", augment)
     common.target_dataset(args, "val")  # say now if something is missing
 

@@ -501,7 +501,7 @@ def test_learning_rates():  # P14
 
 
 def test_padding_of_unlabelled_images_is_known():
-    augment = cpsl.with_mask(common.training_augment((80, 80), (80, 80), (0.5, 0.5), jitter=0.0))
+    augment = common.with_padding_mask(common.training_augment((80, 80), (80, 80), (0.5, 0.5), jitter=0.0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         image, mask = augment(torch.zeros(3, 80, 80, dtype=torch.uint8), None)
