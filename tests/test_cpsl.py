@@ -551,14 +551,6 @@ FEW = [*TINY, "--consistency", "--warmup-iterations", 2, "--iterations", 4, "--b
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A source-only checkpoint of the tiny toy that the script tests start from."""
-    folder = tmp_path_factory.mktemp("start")
-    run(folder, "source_only.py", *TINY, "--iterations", 2, "--out", "run")
-    return folder / "run/last.pt"
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of all stages that nobody interrupted; what it printed and its folder."""
     folder = tmp_path_factory.mktemp("whole")

@@ -554,14 +554,6 @@ def test_labels_reach_the_grid_by_nearest_neighbour():
 FEW = [*TINY, "--warmup-iterations", 2, "--head-iterations", 2, "--joint-iterations", 1, "--rounds", 2, "--iterations", 4]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A source-only checkpoint of the tiny toy that the script tests start from."""
-    folder = tmp_path_factory.mktemp("start")
-    run(folder, "source_only.py", *TINY, "--iterations", 2, "--out", "run")
-    return folder / "run/last.pt"
-
-
 def test_one_command_runs_all_stages(tmp_path):
     out = run(tmp_path, "drsl.py", *FEW)
     folder = tmp_path / "runs/drsl-toy-s0"

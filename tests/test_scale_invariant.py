@@ -394,14 +394,6 @@ FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--pat
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A source-only checkpoint of the tiny toy that the script tests start from."""
-    folder = tmp_path_factory.mktemp("start")
-    run(folder, "source_only.py", *TINY, "--iterations", 2, "--out", "run")
-    return folder / "run/last.pt"
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     out = run(folder, "scale_invariant.py", *FEW)

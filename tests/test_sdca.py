@@ -577,14 +577,6 @@ def log(folder, stage):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A source-only checkpoint of the tiny toy that the script tests start from."""
-    folder = tmp_path_factory.mktemp("start")
-    run(folder, "source_only.py", *TINY, "--iterations", 2, "--out", "run")
-    return folder / "run/last.pt"
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One command, all stages, never interrupted: the folder in which it was started, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
