@@ -815,7 +815,7 @@ class FCN8s(nn.Module):
         fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
         score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
         coarse = self.classifier[2](fc7)
-        with torch.autocast(images.device.type, enabled=False):  # full-size logits are not rounded to bf16
+        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits are not rounded to bf16
             score = self.enlarge[2](coarse.float())  # stride 16
             score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
             score = self.enlarge[1](score)  # stride 8
@@ -1302,7 +1302,8 @@ class Run:
 
     def save(self, name, checkpoint):
         """Writes a checkpoint (tensors, numbers, strings, plain dicts) atomically; after Ctrl-C ends the program."""
-        if not all(torch.isfinite(value).all() for value in checkpoint["model"].values()):
+        parts = [part for part in checkpoint.values() if isinstance(part, dict)]
+        if not all(torch.isfinite(value).all() for part in parts for value in part.values() if torch.is_tensor(value)):
             raise InputError(f"{name}: weights are not finite; the last checkpoint in {self.folder} is intact")
         if rank() == 0:
             write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))

@@ -11,21 +11,23 @@ unknown. Origin of equations, steps and flags:
 
 The idea in five sentences
 --------------------------
-1. A warmed-up model labels the target once: fixed soft pseudo-labels P_ST [F].
-2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head, one
-   prototype per class compared by cosine, learns online from optimal-transport assignments of randomly sampled pixels and
+1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST [F] (here by a frozen copy of it, deviation 3).
+2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [F], one
+   prototype per class compared by cosine [C], learns online from optimal-transport assignments of randomly sampled pixels and
    a memory bank of past ones [F].
 3. The transport problem is told how much of the target each class covers, namely what the pseudo-labels say: that makes
-   the self-labelling class-balanced and leaves the tail its share, where a uniform marginal would inflate it [A, C].
+   the self-labelling class-balanced [A, C]. A uniform marginal would give the tail more than its share [O].
 4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [F].
-5. What the network learned is then distilled twice into a fresh one [C].
+5. What the network learned is then distilled twice [C], here each time into a fresh one [O].
 
 Notation
 --------
     N images   K classes = prototypes (index k)   D feature channels   B pixels in one transport problem   h x w feature grid
-    z_i   unit-length feature of pixel i from the momentum network       c_k, c'_k  prototypes, unit length, and their average
+    x     target image   f, f'  the network and its momentum copy         t, s  softmax of a teacher and of a student
+    z_i   feature of pixel i from f'   c_k, c'_k  prototypes and their momentum average; a cosine takes all at unit length
     P     softmax of the segmentation network    P_ST  the warm-up model's    P_SL  the momentum head's    y  label, 255 = ignore
     S_ik  score of pixel i for class k     Q_i  assignment of pixel i, sums to 1     r  class marginal, sums to 1     A = -ln 1e-4
+    T     temperature    eps  weight of the entropy H    alpha, beta, lambda_SL, lambda_cons, lambda_KD  weights of losses
 
 Equations
 ---------
@@ -42,7 +44,7 @@ Equations
     CPSL-10  L_cons = mean over valid (n, k, h, w) of t (log t - log s): a KL divergence divided by K;              [C]
              t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                               [C]
-    CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + L_KD                                [C]
+    CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + lambda_KD L_KD                      [C]
     CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student              [O, see 8]
     CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                         that [F], form [C]
     CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                 product [F], hard label [C]
@@ -71,10 +73,11 @@ The algorithm                                                                   
 Authors' code (or paper) / here
 -------------------------------
  1. Contrastive term, weight 0.001, whose labels are misaligned with its features twice; it never falls in their log / none.
- 2. LAB colour transfer of GTA5 to random target images; RandAugment and cutout in the strong view / none; the strong view is
-    blur and colour jitter, each with probability 0.5 and per image.
- 3. P_ST of the whole target on disk, 7.5 GB, from clean images / the frozen warm-up model sees the same augmented images as
-    the student, every step: no file and no geometry to replay.
+ 2. LAB colour transfer of GTA5 to random target images; RandAugment with geometry, a flip and cutout in the strong view, labels
+    warped along / none; the strong view is blur and colour jitter, each with probability 0.5 and per image.
+ 3. P_ST of the whole target on disk, 7.5 GB, from clean images, its probabilities resized / the frozen warm-up model sees the
+    same augmented images as the student, every step, its logits resized: no file and no geometry to replay. r still comes
+    from clean whole images, so that marginal and sampled pixels differ a little.
  4. The momentum network sees whole clean images, its features are resized and cropped to match the student's / it sees the
     student's batch.
  5. Labels and target loss at a quarter of the resolution, features upsampled and then compared / compared on the stride-8 grid,
@@ -82,22 +85,28 @@ Authors' code (or paper) / here
  6. CutMix for half of the batches, at first without pasting the labels, most likely also in the released 55.7 / --cutmix, off
     by default, image and label pasted at the same place.
  7. CPSL-8 and the consistency always on / CPSL-8 off by default, because Fig. 1 has one L_SL; the consistency on for real data
-    and off on the toy, where it costs a third of the time: --consistency.
+    and off on the toy, to keep it fast: --consistency. --no-rectify has no prototypes and so no consistency either: compare it
+    with a run with --no-consistency.
  8. The distillation loss takes the student's softmax for its logarithm and is no divergence (their log goes below zero) /
     the KL divergence.
  9. Bank scores use prototypes that are not of unit length; c and c' share memory until the first update / of unit length; a copy.
-10. The pixels of an image enter the bank before the next image is solved; one draw of positions for all images / all images
-    are solved at once, then enter; a draw per image, never from padding. Before the bank is full it is not used / the same.
+10. The pixels of an image enter the bank before the next image is solved; one draw of positions for all images / every image
+    has its problem with the same bank, then all enter; a draw per image, not from padding. Before the bank is full it is not
+    used / the same.
 11. The momentum network in training mode: batch norm of the whole image, Dropout2d on / training mode, so that live batch norm
     sees the target batch's own statistics (frozen batch norm: no difference); there is no dropout.
 12. Warm-up by adversarial training (LSGAN) to 41.4 mIoU / source-only training; the author expects a drop from that.
 13. Prototypes: four passes, image means of classes with at least 10 of 33 153 positions, at most 3000 images / one pass, the
     same share of the grid, no bound. A class that the warm-up model never predicts has r_k = 0 and a random prototype.
 14. Features: 256 signed channels of ProDA's head / the shared DeepLabV2's last layer, after its ReLU. --head proda has the
-    authors' head without Dropout2d; it trains its own source-only model, and only this file can rebuild its checkpoints.
+    authors' head without Dropout2d; it trains its own source-only model, and only this file can rebuild its checkpoints. With
+    ResNet-101's 2048 channels the bank takes 0.5 GB, in memory and in every checkpoint, with 256 an eighth of that.
 15. SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps its poly schedule takes a
-    root of a negative number / the same rates on real data, the project's decay 5e-4 but none on prototypes; it ends at T.
-16. Synchronised batch norm, crops of 896x512 from images 2200 wide / the project's one recipe.
+    root of a negative number; stopped at about 81 000 / the same rates on real data after --ramp steps, though for 2 + 2 images
+    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW and a shorter memory.
+16. Synchronised batch norm; RGB/255; crops of 896x512 from images 2200 wide, scaled by 0.5 to 1.5, evaluation at 2048x1024 /
+    the recipe of all methods here: frozen batch norm, ImageNet mean and deviation, images and evaluation at --size, scaled by
+    1.0 to 1.5, and colour jitter in the weak view too.
 17. Distillation: SimCLR weights and a batch norm more, the second round starts from the first's student / each round starts
     from --backbone-weights. Labels with confidence above 0.95 of flip-averaged softmax / the same.
 18. The checkpoint that is best on the target's validation labels is reported / the last one.
@@ -217,8 +226,8 @@ class MemoryBank:
 
     def push(self, items):
         """Appends items (n, dim); the oldest fall out."""
-        self.memory = torch.cat([self.memory, items.detach().to(self.memory)])
-        self.memory = self.memory[max(0, len(self.memory) - self.size):].clone()
+        items = items.detach().to(self.memory)[-self.size:] if self.size else self.memory
+        self.memory = torch.cat([self.memory[max(0, len(self.memory) + len(items) - self.size):], items])
 
     def items(self):
         return self.memory  # (n, dim), n <= size
@@ -251,9 +260,9 @@ def class_sums(features, label, num_classes, least=1):
 
 
 def pick_pixels(valid, pixels, generator=None):
-    """Positions (N, P) of P random different pixels in each map, never where `valid` (N, h, w) is false.
+    """Positions (N, P) of P random different pixels in each map, not where `valid` (N, h, w) is false.
 
-    Where an image has fewer valid pixels, they repeat. P is `pixels`, or h w if that is smaller.
+    Where an image has fewer valid pixels, they repeat; where it has none, position 0 stands for them. P is `pixels`, or h w if that is smaller.
     """
     valid = valid.flatten(1)  # (N, h w)
     shuffled = torch.rand(valid.shape, generator=generator, device=valid.device).masked_fill(~valid, 2.0).argsort(1)
@@ -416,11 +425,12 @@ def strong_view(images, seed):
 
     distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5),
                           v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (common.MEAN, common.STD))
+    plain = torch.stack([images[:, i] * common.STD[i] + common.MEAN[i] for i in range(3)], 1).clamp(0, 1)  # (N, 3, H, W)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        views = [distort((image * std + mean).clamp(0, 1)) for image in images]
-    return ((torch.stack(views) - mean) / std).contiguous(memory_format=torch.channels_last)
+        views = torch.stack([distort(image) for image in plain])
+    views = torch.stack([(views[:, i] - common.MEAN[i]) / common.STD[i] for i in range(3)], 1)
+    return views.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -554,7 +564,7 @@ def parse_args():
         help="multiple of it for classifier and prototypes [C]; --head-lr is that of warm-up and distillation")
     add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors' head, with its own warm-up")
     add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: share of the warm-up model's labels [A], or 1/K")
-    add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST, no prototypes, no momentum copy")
+    add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
     add("--temperature", type=float, metavar="T", default=0.08, help="of the cosine softmax [C]")
     add("--epsilon", type=float, default=0.05, help="eps, weight of the entropy in the transport problem [C]")
     add("--sinkhorn-iterations", type=int, metavar="N", default=3, help="n_it [C]")
