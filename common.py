@@ -330,9 +330,7 @@ class ToyStreets(Dataset):
         self.domain, self.split, self.size, self.world = domain, split, size, world
         self.labelled = (domain == "source" or split != "train") if labelled is None else labelled
         self.augment, self.label_dir, self.full_label = augment, label_dir, full_label
-        self.style = toy_style(world, domain)
         self.length = images if split == "train" else max(1, images // 4)
-        self.drawn = {}  # pictures are drawn once and kept: 38 kB each
 
     def __len__(self):
         return self.length
@@ -340,16 +338,20 @@ class ToyStreets(Dataset):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if index not in self.drawn:
-            numbers = [self.world, self.domain == "target", self.split == "val", index]
-            self.drawn[index] = draw_street(np.random.default_rng(numbers), self.style, self.size)
-        image, label = self.drawn[index]
+        image, label = toy_picture(self.world, self.domain, self.split, index, tuple(self.size))
         name = f"toy_{self.domain}_{self.split}_{index:04d}"
         if self.label_dir is not None:
             label = stored_label(self.label_dir, name)
         elif not self.labelled:
             label = None
         return make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
+
+
+@functools.lru_cache(4000)
+def toy_picture(world, domain, split, index, size):
+    """Image and label of one scene. They are drawn once and kept, 50 kB each, because every stage of a run asks again."""
+    rng = np.random.default_rng([world, domain == "target", split == "val", index])
+    return draw_street(rng, toy_style(world, domain), size)
 
 
 # Three looks per class. Colour tells most classes apart in the source; the target's light and tint move it.
