@@ -587,10 +587,12 @@ def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start):
     assert same_weights(tmp_path / "here/last.pt", tmp_path / "given/last.pt")
 
 
-@pytest.mark.parametrize("stage, lines", [("source", 1), ("modes", 1), ("round 1", 1), ("adapt", 1), ("adapt", 3)])
-def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, lines, uninterrupted):
+def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, uninterrupted):
+    """One run, killed by SIGKILL in each stage in turn."""
     arguments = ["drsl.py", *FEW, "--save-every", 1, "--out", "cut"]
-    kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments)
+    for stage, lines in (("source", 1), ("modes", 1), ("round 1", 1), ("adapt", 1), ("adapt", 3)):
+        resume = ["--resume"] if stage != "source" else []
+        kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume)
     run(tmp_path, *arguments, "--resume")
     for name in ("source_only.pt", "modes.pt", "last.pt"):
         assert same_weights(tmp_path / "cut" / name, uninterrupted / name)
@@ -622,9 +624,10 @@ def test_ctrl_c_and_resume(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--lambda-mm", 0, "--lambda-sma", 0], ["--lambda-sma", 0], ["--lambda-mm", 0], ["--assignment", "stochastic"],
-    ["--alignment", "triplet"], ["--alignment", "centroid"], ["--stop-gradient"], ["--posterior", "max", "--sigma", 0.5],
-    ["--modes", 1], ["--freeze-bn"], ["--precision", "bf16"], ["--head-iterations", 0, "--joint-iterations", 0],
+    ["--lambda-mm", 0, "--lambda-sma", 0, "--precision", "bf16"],
+    ["--lambda-sma", 0, "--assignment", "stochastic", "--posterior", "max", "--sigma", 0.5, "--modes", 1],
+    ["--lambda-mm", 0, "--alignment", "triplet", "--head-iterations", 0, "--joint-iterations", 0],
+    ["--alignment", "centroid", "--stop-gradient", "--freeze-bn"],
 ])
 def test_every_alternative_runs(tmp_path, start, flags):
     run(tmp_path, "drsl.py", *FEW, "--iterations", 2, "--init", start, *flags, "--out", "run")

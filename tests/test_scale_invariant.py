@@ -473,11 +473,13 @@ def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uni
     assert same_weights(uninterrupted / "last.pt", tmp_path / "given/last.pt")
 
 
-@pytest.mark.parametrize("stage, count", [("source", 1), ("labels", 1), ("adapt", 1), ("adapt", 3)])
-def test_sigkill_at_any_stage_and_resume_give_the_same_weights(tmp_path, stage, count, uninterrupted):
+def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, uninterrupted):
+    """One run, killed by SIGKILL in each stage in turn, also while it writes labels."""
     arguments = ["scale_invariant.py", *FEW, "--save-every", 1, "--out", "cut"]
     labelling = lambda: any((tmp_path / "cut/pseudo_labels").glob("round1/*.png"))
-    kill_when(tmp_path, labelling if stage == "labels" else lambda: logged(tmp_path / "cut", stage, count), *arguments)
+    for stage, count in (("source", 1), ("labels", 1), ("adapt", 1), ("adapt", 3)):
+        resume = ["--resume"] if stage != "source" else []
+        kill_when(tmp_path, labelling if stage == "labels" else lambda: logged(tmp_path / "cut", stage, count), *arguments, *resume)
     run(tmp_path, *arguments, "--resume")
     for name in ("source_only.pt", "last.pt"):
         assert same_weights(tmp_path / "cut" / name, uninterrupted / name)
