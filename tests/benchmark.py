@@ -9,6 +9,7 @@ measured for SDCA's statistics alone, in processes of their own; their textbook 
 
 import argparse
 import copy
+import functools
 import math
 import multiprocessing
 import statistics
@@ -131,7 +132,7 @@ def cpsl_equations(device):
            lambda: class_sums_textbook(features, label, C), device)
 
 
-def equations(device):
+def drsl_equations(device):
     """The sizes of the real task: 65 x 129 grid positions, 19 classes, 3 modes, 256 dimensions."""
     C, K, E, n = 19, 3, 256, 65 * 129
     head = drsl.ModeHead(2048, C, K, E).to(device)
@@ -150,41 +151,6 @@ def equations(device):
     pred, label = torch.randint(C, (1024, 2048), device=device), torch.randint(C, (1024, 2048), device=device)
     metric = common.MeanIoU(C)
     report("confusion matrix at 1024x2048", lambda: metric.update(pred, label), lambda: confusion_textbook(pred, label, C), device)
-
-
-def steps(device, precision, backbone, size, batch):
-    """One training step with all of DRSL's losses against the same step with cross-entropies only."""
-    C = 19
-    model = common.DeepLabV2(C, backbone).to(device, memory_format=torch.channels_last)
-    common.freeze_batch_norm(model.train())
-    head = drsl.ModeHead(model.feature_dim, C).to(device)
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, alpha=0.5, sigma=0.3, posterior="soft")
-    optimizer = drsl.make_optimizer_with_modes(model, head, args)
-    drsl.set_lr(optimizer, 1e-6)
-    x = torch.randn(2 * batch, 3, *size, device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(C, (2 * batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
-
-    def step(regularized):
-        with common.autocast(device, precision):
-            features, logits = model(x)
-        loss = drsl.segmentation_loss(logits[:batch], y[:batch]) + drsl.segmentation_loss(logits[batch:], y[batch:])
-        if regularized:
-            sides = []
-            for maps, label in ((features[:batch], y[:batch]), (features[batch:], y[batch:])):
-                with common.autocast(device, precision):
-                    e = head(maps)
-                e, label = drsl.balanced_pixels(e, label, 256)
-                d2 = head.squared_distances(e)
-                loss = loss + 0.1 * drsl.mode_loss(d2, label, args)
-                sides += [e, label, drsl.assign_modes(d2, label)]
-            loss = loss + 0.1 * drsl.stochastic_mode_alignment(*sides)
-        drsl.descend(loss, optimizer, model, head)
-
-    plain, plain_peak = measure(lambda: step(False), device)
-    full, full_peak = measure(lambda: step(True), device)
-    memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
-    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, DRSL {full:.0f} ms, "
-          f"ratio {full / plain:.2f}{memory}", flush=True)
 
 
 def class_statistics_textbook(features, labels, classes):
@@ -283,40 +249,6 @@ def sdca_equations(device):
            lambda: medians_textbook(prob), device)
 
 
-def sdca_steps(device, precision, backbone, size, batch):
-    """One step of SDCA against the same step with cross-entropies on labels and pseudo-labels only."""
-    C = 19
-    model = common.DeepLabV2(C, backbone).to(device, memory_format=torch.channels_last)
-    common.freeze_batch_norm(model.train())
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, raw_statistics=False)
-    optimizer = sdca.make_optimizer(model, args)
-    sdca.set_lr(optimizer, 1e-6)
-    x_s, x_t = (torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2))
-    y_s, y_t = (torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1)
-                .repeat_interleave(16, 2) for _ in range(2))
-    known = [sdca.ClassStatistics(C, D) for D in (model.feature_dim, C)]
-
-    def step(contrastive):
-        with common.autocast(device, precision):
-            maps_s, maps_t = model(x_s), model(x_t)
-        if contrastive:
-            loss = sdca.source_loss(maps_s[1], y_s, 0.75)
-            grid_s = sdca.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
-            grid_t = sdca.online_labels(maps_t[1], 0.0).flatten()  # the dearest case: every target pixel takes part
-            for level in (0, 1):
-                r_s, r_t = (sdca.representations(maps[level], args) for maps in (maps_s, maps_t))
-                sdca.pool_batch(known[level], r_s, grid_s)
-                for r, y in ((r_s, grid_s), (r_t, grid_t)):
-                    loss = loss + sdca.contrastive_bound(r, y, known[level].mean, known[level].variance)
-                sdca.cosines(r_t, grid_t, known[level].mean)
-        else:
-            loss = sdca.segmentation_loss(maps_s[1], y_s) + sdca.segmentation_loss(maps_t[1], y_t)
-        sdca.descend(loss, optimizer, model)
-
-    plain, plain_peak = measure(lambda: step(False), device)
-    full, full_peak = measure(lambda: step(True), device)
-    memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
-    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, SDCA {full:.0f} ms, "
 def filter_textbook(normalised, prob, thresholds):
     """LSE-10 pixel by pixel, each deciding for itself which class it belongs to: the form of the authors' loop. numpy arrays."""
     keep = np.zeros(normalised.shape, bool)
@@ -358,81 +290,131 @@ def lse_equations(device):
            lambda: ranking_textbook(arrays[1].tolist()), device, runs=3)
 
 
-def lse_steps(device, precision, backbone, size, batch):
-    """One training step of LSE, focal loss included, against the same step with cross-entropies only."""
-    C = 19
-    model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
-    common.freeze_batch_norm(model)
+# One step of each method on the same network and batch, against plain self-training: cross-entropy on both domains.
+
+
+def plain_step(model, x_s, y_s, x_t, y_t, precision):
+    optimizer = drsl.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
+
+    def step():
+        with common.autocast(x_s.device, precision):
+            (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
+        drsl.descend(drsl.segmentation_loss(logits_s, y_s) + drsl.segmentation_loss(logits_t, y_t), optimizer, model)
+
+    return step
+
+
+def lse_step(model, x_s, y_s, x_t, y_t, precision):
     optimizer = lse.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
-    lse.set_lr(optimizer, 1e-6)
-    x = torch.randn(2, batch, 3, *size, device=device)
-    y = torch.randint(C, (2, batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 2).repeat_interleave(16, 3)
 
-    def step(focal):
-        with common.autocast(device, precision):
-            logits_s, logits_t = (model(images.to(memory_format=torch.channels_last))[1] for images in x)
-        loss = lse.segmentation_loss(logits_s, y[0]) + lse.segmentation_loss(logits_t, y[1])
-        if focal:
-            loss = loss + 0.1 * lse.focal_loss(logits_t, y[1], 3.0)
-        lse.descend(loss, optimizer, model)
+    def step():
+        with common.autocast(x_s.device, precision):
+            (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
+        loss = lse.segmentation_loss(logits_s, y_s) + lse.segmentation_loss(logits_t, y_t)
+        lse.descend(loss + 0.1 * lse.focal_loss(logits_t, y_t, 3.0), optimizer, model)
 
-    (plain, plain_peak), (full, full_peak) = (measure(lambda: step(focal), device) for focal in (False, True))
-    memory = "" if plain_peak is None else f"   memory {full_peak:.2f} / {plain_peak:.2f} GiB"
-    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, LSE {full:.0f} ms, "
-          f"ratio {full / plain:.2f}{memory}", flush=True)
+    return step
 
 
-def cpsl_steps(device, precision, backbone, size, batch, bank, pixels):
-    """CPSL's step against plain self-training on the same labels; then with the consistency term, which is one view more."""
-    C = 19
-    model = common.DeepLabV2(C, backbone).to(device, memory_format=torch.channels_last)
-    common.freeze_batch_norm(model.train())
+def cpsl_step(model, x_s, y_s, x_t, y_t, precision, consistency=False):
+    """With a full bank, and with labels by the warm-up model and the momentum copy: two forward passes more."""
+    K, device = model.classifier[0].out_channels, x_s.device
+    size, pixels = (4096, 64) if x_s.shape[2] < 512 else (65536, 256)
     warm, teacher = copy.deepcopy(model).eval(), copy.deepcopy(model)
-    head = cpsl.SelfLabelingHead(torch.randn(C, model.feature_dim, device=device))
+    head = cpsl.SelfLabelingHead(torch.randn(K, model.feature_dim, device=device))
     teacher_head = copy.deepcopy(head).requires_grad_(False)
-    memory, marginal = cpsl.MemoryBank(bank, model.feature_dim, device), torch.full((C,), 1 / C, device=device)
-    memory.push(F.normalize(torch.randn(bank, model.feature_dim, device=device), dim=1))
+    bank, marginal = cpsl.MemoryBank(size, model.feature_dim, device), torch.full((K,), 1 / K, device=device)
+    bank.push(F.normalize(torch.randn(size, model.feature_dim, device=device), dim=1))
     args = argparse.Namespace(optimizer="sgd", head_lr=10.0, head_scale=5.0, epsilon=0.05, sinkhorn_iterations=3)
     optimizer = cpsl.make_optimizer_with_prototypes(model, head, args)
-    cpsl.set_lr(optimizer, 1e-6)
-    x_s, x_t = (torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2))
-    y_s = torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
 
-    def step(rectified, consistent):
+    def step():
         with torch.no_grad():
             with common.autocast(device, precision):
-                _, logits = warm(x_t)
-                features, _ = teacher(x_t) if rectified else (None, None)
-            p_st = common.upsample(logits.float(), size).softmax(1)
-            if rectified:
-                cosine = teacher_head(features)
-                y_t = cpsl.rectify(p_st, common.upsample(cosine, size))
-            else:
-                y_t = p_st.argmax(1)
+                (_, logits), (features, _) = warm(x_t), teacher(x_t)
+            cosine = teacher_head(features)
+            y_t = cpsl.rectify(common.upsample(logits.float(), y_s.shape[1:]).softmax(1), common.upsample(cosine, y_s.shape[1:]))
         with common.autocast(device, precision):
             (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
         loss = cpsl.segmentation_loss(logits_s, y_s) + cpsl.symmetric_cross_entropy(logits_t, y_t)
-        if rectified:
-            valid = torch.ones(batch, *features.shape[2:], dtype=torch.bool, device=device)
-            z = F.normalize(cpsl.take_pixels(features, cpsl.pick_pixels(valid, pixels)).float(), dim=2)
-            c = F.normalize(head.prototypes.detach(), dim=1)
-            q = cpsl.assign(z @ c.T, memory.usable() @ c.T, marginal, args)
-            loss = loss + 0.1 * cpsl.self_labeling_loss(z, head.prototypes, q)
-            memory.push(z.flatten(0, 1))
-            if consistent:
-                with common.autocast(device, precision):
-                    strong, _ = model(cpsl.strong_view(x_t, 0))
-                loss = loss + 5 * cpsl.kl_divergence(cosine / 0.08, teacher_head(strong) / 0.08, valid)
+        valid = torch.ones(len(features), *features.shape[2:], dtype=torch.bool, device=device)
+        z = F.normalize(cpsl.take_pixels(features, cpsl.pick_pixels(valid, pixels)).float(), dim=2)
+        c = F.normalize(head.prototypes.detach(), dim=1)
+        q = cpsl.assign(z @ c.T, bank.usable() @ c.T, marginal, args)
+        loss = loss + 0.1 * cpsl.self_labeling_loss(z, head.prototypes, q)
+        bank.push(z.flatten(0, 1))
+        if consistency:
+            with common.autocast(device, precision):
+                strong, _ = model(cpsl.strong_view(x_t, 0))
+            loss = loss + 5 * cpsl.kl_divergence(cosine / 0.08, teacher_head(strong) / 0.08, valid)
         cpsl.descend(loss, optimizer, model, head)
-        if rectified:
-            cpsl.update_average(teacher, model, 0.999)
-            cpsl.update_average(teacher_head, head, 0.999)
+        cpsl.update_average(teacher, model, 0.999)
+        cpsl.update_average(teacher_head, head, 0.999)
 
-    times = [measure(lambda: step(*form), device) for form in ((False, False), (True, False), (True, True))]
-    (plain, plain_peak), (full, full_peak), (more, more_peak) = times
-    memory_text = "" if plain_peak is None else f"   memory {full_peak:.2f}, {more_peak:.2f} / {plain_peak:.2f} GiB"
-    print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}: self-training {plain:.0f} ms, CPSL {full:.0f} ms, "
-          f"ratio {full / plain:.2f}, with consistency {more:.0f} ms, ratio {more / plain:.2f}{memory_text}", flush=True)
+    return step
+
+
+def sdca_step(model, x_s, y_s, x_t, y_t, precision):
+    """In the dearest case: every target pixel is confident."""
+    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, raw_statistics=False)
+    optimizer = sdca.make_optimizer(model, args)
+    known = [sdca.ClassStatistics(len(model.classifier[0].bias), D) for D in (model.feature_dim, len(model.classifier[0].bias))]
+
+    def step():
+        with common.autocast(x_s.device, precision):
+            maps_s, maps_t = model(x_s), model(x_t)
+        loss = sdca.source_loss(maps_s[1], y_s, 0.75)
+        grid_s = sdca.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
+        grid_t = sdca.online_labels(maps_t[1], 0.0).flatten()
+        for level in (0, 1):
+            r_s, r_t = (sdca.representations(maps[level], args) for maps in (maps_s, maps_t))
+            sdca.pool_batch(known[level], r_s, grid_s)
+            for r, y in ((r_s, grid_s), (r_t, grid_t)):
+                loss = loss + sdca.contrastive_bound(r, y, known[level].mean, known[level].variance)
+            sdca.cosines(r_t, grid_t, known[level].mean)
+        sdca.descend(loss, optimizer, model)
+
+    return step
+
+
+def drsl_step(model, x_s, y_s, x_t, y_t, precision):
+    head = drsl.ModeHead(model.feature_dim, len(model.classifier[0].bias)).to(x_s.device)
+    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, alpha=0.5, sigma=0.3, posterior="soft")
+    optimizer = drsl.make_optimizer_with_modes(model, head, args)
+
+    def step():
+        with common.autocast(x_s.device, precision):
+            (features_s, logits_s), (features_t, logits_t) = model(x_s), model(x_t)
+        loss, sides = drsl.segmentation_loss(logits_s, y_s) + drsl.segmentation_loss(logits_t, y_t), []
+        for maps, label in ((features_s, y_s), (features_t, y_t)):
+            with common.autocast(x_s.device, precision):
+                e = head(maps)
+            e, y = drsl.balanced_pixels(e, label, 256)
+            d2 = head.squared_distances(e)
+            loss = loss + 0.1 * drsl.mode_loss(d2, y, args)
+            sides += [e, y, drsl.assign_modes(d2, y)]
+        loss = loss + 0.1 * drsl.stochastic_mode_alignment(*sides)
+        drsl.descend(loss, optimizer, model, head)
+
+    return step
+
+
+def steps(device, precision, backbone, size, batch, C=19):
+    """Milliseconds of one step of plain self-training and of every method; batch norm is frozen."""
+    images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    labels = [torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
+              for _ in range(2)]
+    forms = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
+             "CPSL with consistency": functools.partial(cpsl_step, consistency=True), "SDCA": sdca_step, "DRSL": drsl_step}
+    reference = None
+    for title, form in forms.items():
+        model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
+        common.freeze_batch_norm(model)
+        time_taken, peak = measure(form(model, images[0], labels[0], images[1], labels[1], precision), device)
+        reference = reference or time_taken
+        memory = "" if peak is None else f"   {peak:.2f} GiB"
+        print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}  {title:24} {time_taken:8.1f} ms   "
+              f"{time_taken / reference:.2f} x plain{memory}", flush=True)
 
 
 def main():
@@ -440,13 +422,12 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     args = parser.parse_args()
     print(common.versions())
-    for measure_equations in (equations, lse_equations, cpsl_equations, sdca_equations):
-        measure_equations(args.device)
+    for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
+        equations(args.device)
     for precision in ("fp32", "bf16"):
-        for measure_steps in (steps, lse_steps, cpsl_steps, sdca_steps):
-            measure_steps(args.device, precision, "resnet18", (80, 160), 4)
-            if args.device == "cuda":
-                measure_steps(args.device, precision, "resnet101", (512, 1024), 2)
+        steps(args.device, precision, "resnet18", (80, 160), 4)
+        if args.device == "cuda":
+            steps(args.device, precision, "resnet101", (512, 1024), 2)
 
 
 if __name__ == "__main__":

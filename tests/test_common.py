@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import math
 import os
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from trees import blocks, picture, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
+from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
 
 import common
 from common import CLASSES, SYNTHIA_13, SYNTHIA_16, Cityscapes, DeepLabV2, GTA5, InputError, MeanIoU, Synthia, ToyStreets

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import TINY, command, kill_when, logged, result, run, same_weights
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 

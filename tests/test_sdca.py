@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import PROJECT, TINY, command, kill_when, logged, result, run, same_weights
+from scripts import TINY, command, kill_when, logged, result, run, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -25,7 +25,6 @@ from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contr
                   lovasz_softmax, masked_mean, online_labels, pseudo_labels, source_loss)
 
 C, D = 19, 32
-STREETS = PROJECT.parent / "shared/data/streets"
 
 
 def randn(*shape, seed=0):
@@ -709,16 +708,6 @@ def test_a_checkpoint_or_network_that_does_not_fit_is_one_line(tmp_path, start):
     assert "resnet18" in message and "resnet50" in message
     assert "gone.pt" in run(tmp_path, "sdca.py", *FEW, "--init", "gone.pt", ok=False)
     assert "vgg16-fcn8s" in run(tmp_path, "sdca.py", *FEW, "--backbone", "vgg16-fcn8s", ok=False)
-
-
-@pytest.mark.skipif(not STREETS.exists(), reason=f"needs the photographs of {STREETS.name}, which are not part of the project")
-def test_real_photographs(tmp_path):
-    """Seven of sixteen classes occur: the others keep empty statistics and nothing breaks."""
-    run(tmp_path, "sdca.py", "--source", "synthia", "--data-root", STREETS, "--backbone", "resnet18", "--backbone-weights", "none",
-        "--workers", 0, *FEW, "--no-ssl")
-    folder = tmp_path / "runs/sdca-synthia-s0"
-    assert sum(value is not None for value in result(folder)["iou"].values()) >= 7
-    assert 5 <= log(folder, "statistics")[0]["classes"] <= 8
 
 
 def test_two_processes_share_one_run(tmp_path, start):

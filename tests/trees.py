@@ -2,8 +2,10 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -84,3 +86,17 @@ def write_cityscapes(root, splits=("train", "val"), count=3, size=(64, 128), see
                 name = f"{city}_{i:06d}_000019"
                 picture(label, rng).save(images / f"{name}_leftImg8bit.png")
                 Image.fromarray(label.astype(np.uint8)).save(labels / f"{name}_gtFine_labelIds.png")
+
+
+STREETS = Path(__file__).parent.parent.parent / "shared/data/streets"  # real photographs, not part of the project
+needs_streets = pytest.mark.skipif(not STREETS.exists(), reason="needs the photographs in ../shared/data/streets")
+
+
+def link_streets(root, count=12):
+    """A tree of links to the first photographs of each set, with their labels."""
+    for folder in ("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", "cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val",
+                   "cityscapes/gtFine/train", "cityscapes/gtFine/val"):
+        for path in sorted((STREETS / folder).rglob("*.png"))[:count]:
+            link = root / path.relative_to(STREETS)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)

@@ -1,0 +1,94 @@
+"""What all method files must do alike: the same blocks, the same flags, real photographs to the end, learning on the toy."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from scripts import PROJECT, TINY, result, run
+from trees import link_streets, needs_streets
+
+import common
+
+FILES = sorted(path.name for path in PROJECT.glob("*.py") if path.name not in ("common.py", "evaluate.py"))
+METHODS = [name for name in FILES if name != "source_only.py"]
+
+
+def test_shared_blocks_are_identical_in_every_method_file():
+    marked = {name: re.findall(r"# --- same in every method file ---\n(.*?)# --- end ---", (PROJECT / name).read_text(), re.S)
+              for name in FILES}
+    assert len(marked) == 5 and len(marked["source_only.py"]) == 1
+    assert all(blocks == marked["source_only.py"] for blocks in marked.values())
+
+
+def test_methods_import_nothing_else_of_the_project():
+    for name in FILES:
+        text = (PROJECT / name).read_text()
+        assert not [other for other in FILES if re.search(rf"^\s*(import|from) {other.removesuffix('.py')}\b", text, re.M)]
+
+
+def test_the_same_flags_mean_the_same_everywhere(monkeypatch):
+    """Help, default and choices of every flag that several files share are the same, but for each paper's own values."""
+    monkeypatch.setattr(common, "parse", lambda parser: parser)
+    flags = {}
+    for name in FILES:
+        for action in importlib.import_module(name.removesuffix(".py")).parse_args()._actions:
+            for option in action.option_strings:
+                flags.setdefault(option, {})[name] = (action.help, str(action.default), action.choices, action.metavar)
+    assert sum(len(texts) == len(FILES) for texts in flags.values()) > 20
+    for option in ("--init", "--warmup-iterations", "--warmup-lr", "--ramp", "--power"):
+        assert list(flags[option]) == METHODS
+    own = {"--iterations", "--lr"}  # and what only some papers have, with their own values
+    for option, texts in flags.items():
+        if len(texts) >= len(METHODS) and option not in own:
+            assert len(set(texts.values())) == 1, option
+
+
+@needs_streets
+@pytest.mark.parametrize("method", METHODS)
+def test_real_photographs(tmp_path, method):
+    """Seven of the sixteen classes occur: the others have no pixels anywhere, and nothing breaks."""
+    link_streets(tmp_path)
+    flags = ["--portion", 8] if method == "scale_invariant.py" else []
+    run(tmp_path, method, "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
+        "--workers", 0, *TINY, "--warmup-iterations", 2, "--iterations", 2, "--out", "run", *flags)
+    scores = result(tmp_path / "run")
+    assert sum(value is not None for value in scores["iou"].values()) >= 7 and scores["rare"] is None
+
+
+# ------------------------------------------------------- learning -------------------------------------------------------
+
+SHORT = ["--device", "cpu", "--size", "48x96", "--toy-images", 120, "--log-every", 1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a source-only model that has seen something of the world."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, "source_only.py", *SHORT, "--iterations", 150, "--out", "run")
+    return folder / "run"
+
+
+def log(folder, stage, key):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if line["stage"] == stage]
+
+
+def test_source_training_learns(trained):
+    """Chance is about 3 mIoU; 150 steps on small pictures must leave it far behind, and the loss must fall."""
+    losses = log(trained, "source", "loss")
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert result(trained)["columns"]["source only"]["miou"] > 10
+
+
+@pytest.mark.parametrize("method, term, flags", [
+    ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3]), ("cpsl.py", "sl", ["--bank", 512]),
+    ("sdca.py", "feat", ["--no-ssl", "--delta", 0.5]), ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20])])
+def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags):
+    """Its own target term falls, and the target's mIoU rises above the source-only model's."""
+    run(tmp_path, method, *SHORT, "--iterations", 50, "--ramp", 10, "--init", trained / "last.pt", "--out", "run", *flags)
+    values = log(tmp_path / "run", "adapt", term)
+    assert sum(values[-10:]) < sum(values[:10])
+    columns = result(tmp_path / "run")["columns"]
+    assert list(columns.values())[-1]["miou"] > columns["source only"]["miou"] + 0.5
