@@ -99,6 +99,27 @@ def test_label_ids_are_those_of_the_official_scripts():
     assert [ids[name] for name in common.CLASSES] == common.label_ids(common.CLASSES)
 
 
+def test_the_official_evaluator_gives_our_numbers(tmp_path):
+    """`pip install cityscapesscripts` for this check only: their tool on our export, to the last digit."""
+    official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
+                                   reason="the official cityscapesScripts are not installed")
+    write_cityscapes(tmp_path, splits=("val",))
+    model = real_checkpoint(tmp_path, "gta5")
+    for branch in model.classifier:
+        torch.nn.init.normal_(branch.weight, std=1.0)  # predictions of many classes
+    checkpoint = torch.load(tmp_path / "gta5.pt", weights_only=True)
+    torch.save({**checkpoint, "model": model.state_dict()}, tmp_path / "gta5.pt")
+    run(tmp_path, "evaluate.py", "gta5.pt", "--data-root", tmp_path, "--export", "out", "--precision", "fp32", "--json", "t.json")
+    predictions = sorted(str(path) for path in (tmp_path / "out/labelIds").iterdir())
+    truths = sorted(str(path) for path in (tmp_path / "cityscapes/gtFine/val").rglob("*_labelIds.png"))
+    official.args.evalInstLevelScore, official.args.JSONOutput, official.args.quiet = False, False, True
+    theirs = official.evaluateImgLists(predictions, truths, official.args)["classScores"]
+    ours = json.loads((tmp_path / "t.json").read_text())["gta5"]["iou"]
+    assert sum(bool(value) for value in ours.values()) >= 2  # several classes are hit
+    for name, value in ours.items():
+        assert np.isnan(theirs[name]) if value is None else value == pytest.approx(100 * theirs[name], abs=1e-9)
+
+
 def test_bad_input_is_one_line(toy, tmp_path):
     (tmp_path / "noise.pt").write_bytes(b"noise")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
