@@ -60,14 +60,14 @@ def test_real_photographs(tmp_path, method, flags):
 
 # ------------------------------------------------------- learning -------------------------------------------------------
 
-SHORT = ["--device", "cpu", "--size", "48x96", "--toy-images", 120, "--log-every", 1]
+SHORT = ["--device", "cpu", "--size", "48x96", "--toy-images", 64, "--log-every", 1]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The run folder of a source-only model that has seen something of the world."""
     folder = tmp_path_factory.mktemp("trained")
-    run(folder, "source_only.py", *SHORT, "--iterations", 150, "--out", "run")
+    run(folder, "source_only.py", *SHORT, "--iterations", 120, "--out", "run")
     return folder / "run"
 
 
@@ -77,7 +77,7 @@ def log(folder, stage, key):
 
 
 def test_source_training_learns(trained):
-    """Chance is about 3 mIoU; 150 steps on small pictures must leave it far behind, and the loss must fall."""
+    """Chance is about 3 mIoU; 120 steps on small pictures must leave it far behind, and the loss must fall."""
     losses = log(trained, "source", "loss")
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
     assert result(trained)["columns"]["source only"]["miou"] > 10
@@ -88,7 +88,7 @@ def test_source_training_learns(trained):
     ("sdca.py", "feat", ["--no-ssl", "--delta", 0.5]), ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20])])
 def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags):
     """Its own target term falls, and the target's mIoU rises above the source-only model's."""
-    run(tmp_path, method, *SHORT, "--iterations", 50, "--ramp", 10, "--init", trained / "last.pt", "--out", "run", *flags)
+    run(tmp_path, method, *SHORT, "--iterations", 30, "--ramp", 5, "--init", trained / "last.pt", "--out", "run", *flags)
     values = log(tmp_path / "run", "adapt", term)
     assert sum(values[-10:]) < sum(values[:10])
     columns = result(tmp_path / "run")["columns"]
