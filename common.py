@@ -1394,7 +1394,7 @@ def to_device(batch, device):
 def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
     return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
-            "size": list(args.size), "classes": list(task_classes(args.source)), "head": getattr(args, "head", "deeplab"),
+            "size": list(args.size), "classes": list(task_classes(args.source)), "network": getattr(args, "head", "deeplab"),
             "model": model.state_dict()}
 
 
@@ -1430,8 +1430,8 @@ def unpack_model(checkpoint, path):
     missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
-    if checkpoint.get("head", "deeplab") != "deeplab":  # cpsl.py --head proda
-        raise InputError(f"{path}: trained with --head {checkpoint['head']}, which only the script that trained it can rebuild")
+    if checkpoint.get("network", "deeplab") != "deeplab":  # cpsl.py --head proda
+        raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only the script that trained it can rebuild")
     model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
     load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
     return model

@@ -56,6 +56,9 @@ def test_real_photographs(tmp_path, method, flags):
         "--workers", 0, *TINY, "--warmup-iterations", 2, "--iterations", 2, "--out", "run", *flags)
     scores = result(tmp_path / "run")
     assert sum(value is not None for value in scores["iou"].values()) >= 7 and scores["rare"] is None
+    run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--device", "cpu", "--json", "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())["run/last"]
+    assert table["miou"] == pytest.approx(scores["miou"]) and table["iou"] == scores["iou"]  # evaluate.py reads every method's checkpoint
 
 
 # ------------------------------------------------------- learning -------------------------------------------------------
