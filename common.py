@@ -685,8 +685,8 @@ def training_batches(dataset, args, seed, start, stop):
 def evaluation_loader(dataset, args):
     """Every picture of a data set once, in order (under torchrun each process has every n-th picture)."""
     batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
-    return DataLoader(dataset, batch_size, sampler=range(rank(), len(dataset), world_size()),
-                      num_workers=args.workers, pin_memory=args.device == "cuda", worker_init_fn=ignore_interrupt)
+    return DataLoader(dataset, batch_size, sampler=range(rank(), len(dataset), world_size()), num_workers=args.workers,
+                      pin_memory=args.device == "cuda", generator=torch.Generator(), worker_init_fn=ignore_interrupt)
 
 
 def ignore_interrupt(_):

@@ -426,7 +426,7 @@ def place_modes(model, head, args, images=400, per_class=2000):
     subset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist())
     share = math.ceil(per_class / len(subset))
     es, labels = [], []
-    for batch in torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers):
+    for batch in torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers, generator=torch.Generator()):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             e = head(model(image)[0])  # (N, E, h, w)

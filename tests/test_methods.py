@@ -88,7 +88,7 @@ def test_source_training_learns(trained):
 
 @pytest.mark.parametrize("method, term, flags", [
     ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3]), ("cpsl.py", "sl", ["--bank", 512]),
-    ("sdca.py", "feat", ["--no-ssl", "--delta", 0.5]), ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20])])
+    ("sdca.py", "feat", ["--no-ssl", "--delta", 0.5, "--tau", 1]), ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20])])
 def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags):
     """Its own target term falls, and the target's mIoU rises above the source-only model's."""
     run(tmp_path, method, *SHORT, "--iterations", 30, "--ramp", 5, "--init", trained / "last.pt", "--out", "run", *flags)
