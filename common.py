@@ -883,6 +883,11 @@ def upsample(logits, size):
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
+def as_pixels(maps):
+    """(N, D, h, w) -> (N h w, D): the order in which labels (N, h, w) flatten."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def autocast(device, precision):
     """Context in which the network computes in `precision`: fp32 or bf16."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
@@ -1191,6 +1196,12 @@ def all_sum(tensor):
 def average(tensor):
     """Mean of a tensor over all processes."""
     return all_sum(tensor) / world_size()
+
+
+def masked_mean(values, valid):
+    """Mean of values where valid, over all processes' entries; a zero connected to the graph if nothing is."""
+    count = average(valid.sum().float())  # the average of the processes' losses is then the mean over all entries
+    return torch.where(valid, values, 0).sum() / count.clamp(min=1 / world_size())
 
 
 def broadcast(tensor):

@@ -178,7 +178,7 @@ def symmetric_cross_entropy(logits, label, alpha=0.1, beta=1.0):
     # CPSL-3, with P[y] = exp(-CE)
     rce = math.log(1e-4) * torch.expm1(-ce)
     # CPSL-4
-    return masked_mean(alpha * ce + beta * rce, label != common.IGNORE)
+    return common.masked_mean(alpha * ce + beta * rce, label != common.IGNORE)
 
 
 def self_labeling_loss(features, prototypes, assignment, temperature=0.08):
@@ -199,13 +199,7 @@ def kl_divergence(teacher, student, valid):
     """
     log_t, log_s = teacher.detach().float().log_softmax(1), student.float().log_softmax(1)  # (N, K, h, w)
     # CPSL-10, CPSL-13
-    return masked_mean((log_t.exp() * (log_t - log_s)).mean(1), valid)
-
-
-def masked_mean(values, valid):
-    """Mean of values where valid, over all processes; a zero connected to the graph if nothing is."""
-    count = common.average(valid.sum().float())
-    return torch.where(valid, values, 0).sum() / count.clamp(min=1 / common.world_size())
+    return common.masked_mean((log_t.exp() * (log_t - log_s)).mean(1), valid)
 
 
 class SelfLabelingHead(nn.Module):
@@ -646,7 +640,7 @@ def main():
             if args.rectify:
                 cosine_e = teacher_head(features_e)  # (N, K, h, w)
                 rectified = rectify(p_st, common.upsample(cosine_e, valid.shape[1:]), args.temperature)  # CPSL-16, CPSL-17
-                changed = masked_mean((rectified != y_t).float(), valid)
+                changed = common.masked_mean((rectified != y_t).float(), valid)
                 y_t = rectified
             y_t = torch.where(valid, y_t, common.IGNORE)
 

@@ -288,11 +288,6 @@ def kmeans_modes(e, labels, representatives, iterations=10):
     return R
 
 
-def as_pixels(maps):
-    """(N, E, h, w) -> (N h w, E): the order in which labels (N, h, w) flatten."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 def balanced_pixels(maps, label, limit, generator=None):
     """At most `limit` random valid pixels per class and image, so that road and building do not dominate [U].
 
@@ -307,7 +302,7 @@ def balanced_pixels(maps, label, limit, generator=None):
     group = group[order]
     place = torch.arange(len(group), device=label.device) - torch.searchsorted(group, group)  # inside its own group
     pick = order[(place < limit) & (group < 256 * N)]  # (n,)
-    return as_pixels(maps)[pick], label.flatten()[pick]
+    return common.as_pixels(maps)[pick], label.flatten()[pick]
 
 
 # =================================================== the training ===================================================
@@ -438,7 +433,7 @@ def place_modes(model, head, args, images=400, per_class=2000):
 
 
 @torch.no_grad()
-def label_target(model, args, run, folder, portion):
+def label_target(model, args, folder, portion):
     """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
     Returns what the log shows: the portion asked for, the share of pixels kept and, in the toy world only, their accuracy
@@ -548,7 +543,7 @@ def main():
             done = first
             common.adapt_batch_norm(model, args)
             portion = min(args.portion + r * args.portion_step, args.portion_max)  # DRSL-16
-            run.log(f"round {r + 1}", **label_target(model, args, run, labels, portion))
+            run.log(f"round {r + 1}", **label_target(model, args, labels, portion))
         target = common.target_dataset(args, "train", augment, label_dir=labels)
         batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=last)
         batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)

@@ -186,12 +186,6 @@ class ClassStatistics:
             value.copy_(state[name])
 
 
-def masked_mean(values, valid):
-    """Mean of values (n,) where valid (n,), over all processes' pixels; a zero connected to the graph if nothing is."""
-    count = common.average(valid.sum().float())  # the average of the processes' losses is then the mean over all pixels
-    return torch.where(valid, values, 0).sum() / count.clamp(min=1 / common.world_size())
-
-
 def contrastive_bound(features, labels, mean, variance=None, tau=100.0, normalise=True):
     """SDCA-5, nats: upper bound of the expected contrastive loss, mean over the pixels that are not 255. Scalar.
 
@@ -211,7 +205,7 @@ def contrastive_bound(features, labels, mean, variance=None, tau=100.0, normalis
     valid = labels != common.IGNORE
     own = similarity.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]  # (n,)
     # SDCA-5
-    return masked_mean(z.logsumexp(1) - own, valid)
+    return common.masked_mean(z.logsumexp(1) - own, valid)
 
 
 @torch.no_grad()
@@ -222,7 +216,7 @@ def cosines(features, labels, mean):
     valid = labels != common.IGNORE
     y = torch.where(valid, labels, 0)[:, None]  # (n, 1)
     other = similarity.scatter(1, y, -1.0).amax(1)  # (n,)
-    return tuple(common.average(masked_mean(values, valid)) for values in (similarity.gather(1, y)[:, 0], other))
+    return tuple(common.average(common.masked_mean(values, valid)) for values in (similarity.gather(1, y)[:, 0], other))
 
 
 def lovasz_softmax(prob, label):
@@ -286,11 +280,6 @@ def pseudo_labels(prob, thresholds):
     """SDCA-14: (N, C, H, W) probabilities -> (N, H, W) labels, 255 where the best class is below its threshold."""
     confidence, label = prob.max(1)  # (N, H, W)
     return torch.where(confidence < thresholds[label], common.IGNORE, label)
-
-
-def as_pixels(maps):
-    """(N, D, h, w) -> (N h w, D): the order in which labels (N, h, w) flatten."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 # =================================================== the training ===================================================
@@ -370,7 +359,7 @@ def source_loss(logits, label, lambda_lov):
 
 def representations(maps, args):
     """Feature or logit maps (N, D, h, w) -> r (n, D); with --raw-statistics f, so that the statistics are those of f."""
-    r = as_pixels(maps.float())
+    r = common.as_pixels(maps.float())
     return F.normalize(r, dim=1) if args.raw_statistics else r
 
 

@@ -51,7 +51,7 @@ def test_head_gives_unit_embeddings_and_the_distances_of_the_definition():
     e = head(torch.randn(2, 32, 3, 4))
     assert e.shape == (2, 16, 3, 4)
     torch.testing.assert_close(e.norm(dim=1), torch.ones(2, 3, 4))
-    pixels = drsl.as_pixels(e)
+    pixels = common.as_pixels(e)
     with torch.no_grad():
         head.representatives.mul_(7)  # normalised on use: their length must not matter
     expected = distances(pixels.double(), F.normalize(head.representatives.double(), dim=2))
@@ -64,7 +64,7 @@ def test_head_gives_unit_embeddings_and_the_distances_of_the_definition():
 
 def test_pixels_and_labels_flatten_in_the_same_order():
     maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()
-    assert drsl.as_pixels(maps)[1 * 20 + 2 * 5 + 3].tolist() == maps[1, :, 2, 3].tolist()
+    assert common.as_pixels(maps)[1 * 20 + 2 * 5 + 3].tolist() == maps[1, :, 2, 3].tolist()
 
 
 # ----------------------------------------------------- margin loss -----------------------------------------------------

@@ -22,7 +22,7 @@ from trees import write_cityscapes, write_gta5, write_synthia
 import common
 import sdca
 from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contrastive_bound, cosines, grid_labels,
-                  lovasz_softmax, masked_mean, online_labels, pseudo_labels, source_loss)
+                  lovasz_softmax, online_labels, pseudo_labels, source_loss)
 
 C, D = 19, 32
 
@@ -377,7 +377,7 @@ def test_cosines():
 
 
 def test_masked_mean():
-    assert masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, False, True])).item() == 5
+    assert common.masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, False, True])).item() == 5
 
 
 # ------------------------------------------------------ Lovasz-softmax ------------------------------------------------------
