@@ -671,8 +671,16 @@ def mix_seed(*numbers):
 
 
 def generator(args, purpose, step):
-    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew."""
-    return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step, rank()))
+    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew.
+
+    It is the same in all processes; what belongs to the images of a batch is drawn by `draw`.
+    """
+    return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step))
+
+
+def draw(shape, generator):
+    """Uniform random numbers (N, ...) for this process's N images: its share of those drawn for the whole batch."""
+    return torch.rand(world_size(), *shape, generator=generator, device=generator.device)[rank()]
 
 
 def training_batches(dataset, args, seed, start, stop):
@@ -880,7 +888,7 @@ def adapt_batch_norm(model, args, images=400):
 
 def upsample(logits, size):
     """(N, C, h, w) -> (N, C, H, W), bilinear with aligned corners as in the papers' code."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    return logits if logits.shape[2:] == size else F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 def as_pixels(maps):
@@ -1210,13 +1218,23 @@ def broadcast(tensor):
         dist.broadcast(tensor.detach(), 0)
 
 
-def all_gather(values):
-    """The values (n,) of all processes, one after the other; n may differ between them."""
+def all_gather(rows):
+    """The rows (n, ...) of all processes, one after the other; n may differ between them.
+
+    A gradient reaches this process's rows only, times the number of processes: where all of them compute the same loss from
+    the whole batch's rows, the average of their gradients is that loss's.
+    """
     if world_size() == 1:
-        return values
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, values)
-    return torch.cat(parts)
+        return rows
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    last = all_sum(counts).cumsum(0)[rank()]
+    everyone = rows.new_zeros(counts.sum(), *rows.shape[1:])
+    everyone[last - len(rows):last] = rows.detach()
+    everyone = all_sum(everyone)
+    if rows.requires_grad:
+        everyone[last - len(rows):last] += world_size() * (rows - rows.detach())  # adds zeros
+    return everyone
 
 
 def average_gradients(*modules):
@@ -1286,7 +1304,7 @@ class Run:
     def watch(self, stage, step, steps, **values):
         """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
 
-        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
+        values: numbers or scalar tensors; logged is their mean over all processes. On a GPU they are read only when they are logged or about to be saved,
         because reading them makes the processor wait for the GPU.
         """
         logged = step % self.args.log_every == 0 or step == steps
@@ -1298,7 +1316,8 @@ class Run:
             raise InputError(f"{stage} step {step}: not finite ({terms}); the last checkpoint in {self.folder} is intact, "
                              f"a smaller learning rate may help")
         if logged:
-            self.log(stage, f"{step}/{steps}", **values)
+            means = average(torch.tensor(list(values.values()), dtype=torch.float64, device=self.args.device))
+            self.log(stage, f"{step}/{steps}", **dict(zip(values, means.tolist())))
 
     def log(self, stage, step="", **values):
         """One line on the screen and one object in log.jsonl."""
@@ -1343,14 +1362,19 @@ def last_seconds(path):
 
 
 def write_atomically(path, write):
-    """Calls write(temporary path) and renames the file to `path`: whoever is killed leaves the old file whole."""
+    """Calls write(temporary path) and renames the file to `path`: whoever is killed leaves the old file whole.
+
+    InputError where the disk is full, which torch.save reports as a RuntimeError, or the folder cannot be written to.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-    except BaseException:
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason}); an earlier file of this name is intact") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
 
 
 def peak_memory():
@@ -1400,6 +1424,27 @@ def to_device(batch, device):
     """Image (N, 3, H, W) and label (N, H, W) of a batch, on the device."""
     image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
     return image, batch["label"].to(device, non_blocking=True)
+
+
+def write_pseudo_labels(folder, labelled, args):
+    """Writes pseudo-labels as PNGs into `folder`, one per image under its name.
+
+    labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log shows: the
+    share of pixels kept and, in the toy world only, their accuracy against the truth, which is looked at here and used nowhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
+    for batch, pseudo in labelled:
+        pseudo = pseudo.byte().cpu()
+        for name, values in zip(batch["name"], pseudo):
+            write_label(folder / f"{name}.png", values.numpy(), task_classes(args.source))
+        total += pseudo.numel()
+        kept += (pseudo != IGNORE).sum()
+        if "label" in batch:
+            right += ((pseudo == batch["label"]) & (pseudo != IGNORE)).sum()
+    # The sum also waits until all processes have written.
+    total, kept, right = all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
+    return {"kept": kept / total, **({"accuracy": right / max(kept, 1)} if args.source == "toy" else {})}
 
 
 def pack_model(model, args):

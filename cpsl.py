@@ -170,9 +170,7 @@ def rectify(soft_label, similarity, temperature=0.08):
 
 def symmetric_cross_entropy(logits, label, alpha=0.1, beta=1.0):
     """CPSL-4, mean over the pixels that are not 255. logits (N, K, h, w), upsampled to the labels' size; label (N, H, W)."""
-    logits = logits.float()
-    if logits.shape[2:] != label.shape[1:]:
-        logits = common.upsample(logits, label.shape[1:])  # (N, K, h, w) -> (N, K, H, W)
+    logits = common.upsample(logits.float(), label.shape[1:])  # (N, K, h, w) -> (N, K, H, W)
     # CPSL-2
     ce = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W), 0 where ignored
     # CPSL-3, with P[y] = exp(-CE)
@@ -255,13 +253,14 @@ def class_sums(features, label, num_classes, least=1):
     return (means * seen[:, :, None]).sum(0), seen.sum(0)
 
 
-def pick_pixels(valid, pixels, generator=None):
-    """Positions (N, P) of P random different pixels in each map, not where `valid` (N, h, w) is false.
+def pick_pixels(valid, pixels, u):
+    """Positions (N, P) of P different pixels in each map, not where `valid` (N, h, w) is false: those with the smallest of
+    the random numbers u (N, h, w).
 
     Where an image has fewer valid pixels, they repeat; where it has none, position 0 stands for them. P is `pixels`, or h w if that is smaller.
     """
     valid = valid.flatten(1)  # (N, h w)
-    shuffled = torch.rand(valid.shape, generator=generator, device=valid.device).masked_fill(~valid, 2.0).argsort(1)
+    shuffled = u.flatten(1).masked_fill(~valid, 2.0).argsort(1)
     place = torch.arange(min(pixels, valid.shape[1]), device=valid.device) % valid.sum(1, keepdim=True).clamp(min=1)  # (N, P)
     return shuffled.gather(1, place)
 
@@ -415,16 +414,22 @@ def on_grid(valid, size):
     return F.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0].bool()
 
 
-def strong_view(images, seed):
-    """The same scenes, some blurred, some with other colours: (N, 3, H, W) normalised -> the same. Geometry stays."""
+def strong_view(images, *seed):
+    """The same scenes, some blurred, some with other colours: (N, 3, H, W) normalised -> the same. Geometry stays.
+
+    seed: numbers; every image of the whole batch gets its own distortion, in whichever process it is.
+    """
     from torchvision.transforms import v2
 
     distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5),
                           v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
     plain = torch.stack([images[:, i] * common.STD[i] + common.MEAN[i] for i in range(3)], 1).clamp(0, 1)  # (N, 3, H, W)
+    views = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        views = torch.stack([distort(image) for image in plain])
+        for number, image in enumerate(plain, common.rank() * len(plain)):
+            torch.manual_seed(common.mix_seed(*seed, number))
+            views.append(distort(image))
+    views = torch.stack(views)
     views = torch.stack([(views[:, i] - common.MEAN[i]) / common.STD[i] for i in range(3)], 1)
     return views.contiguous(memory_format=torch.channels_last)
 
@@ -472,13 +477,6 @@ def assign(scores, past, marginal, args):
     return sinkhorn(both, marginal, args.epsilon, args.sinkhorn_iterations)[:, len(past):]
 
 
-def from_all_processes(items):
-    """Items (n, dim) of every process, one after the other, so that all keep the same bank."""
-    everyone = items.new_zeros(common.world_size(), *items.shape)
-    everyone[common.rank()] = items
-    return common.all_sum(everyone).flatten(0, 1)
-
-
 def make_optimizer_with_prototypes(model, head, args):
     """The shared groups plus, without weight decay because they are normalised on use, the prototypes."""
     optimizer = make_optimizer(model, args)
@@ -492,24 +490,15 @@ def make_optimizer_with_prototypes(model, head, args):
 def label_target(model, args, folder):
     """Step 4: hard labels of the target train images from flip-averaged softmax, 255 where not surer than --confidence; as PNGs.
 
-    Returns what the log shows: the share of pixels kept and, in the toy world only, their accuracy against the truth, which is
-    looked at here and used nowhere.
+    Returns what the log shows, see common.write_pseudo_labels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
-    for batch in common.evaluation_loader(dataset, args):
-        image = batch["image"].to(args.device, memory_format=torch.channels_last)
-        prob = common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, K, H, W)
-        label = confident_labels(prob, args.confidence).byte().cpu()
-        for name, values in zip(batch["name"], label):
-            common.write_label(folder / f"{name}.png", values.numpy(), common.task_classes(args.source))
-        total += label.numel()
-        kept += (label != common.IGNORE).sum()
-        if "label" in batch:
-            right += ((label == batch["label"]) & (label != common.IGNORE)).sum()
-    total, kept, right = common.all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
-    return {"kept": kept / total, **({"accuracy": right / max(kept, 1)} if args.source == "toy" else {})}
+    def labelled():
+        for batch in common.evaluation_loader(common.target_dataset(args, "train", labelled=args.source == "toy"), args):
+            image = batch["image"].to(args.device, memory_format=torch.channels_last)
+            prob = common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, K, H, W)
+            yield batch, confident_labels(prob, args.confidence)  # (N, H, W)
+
+    return common.write_pseudo_labels(folder, labelled(), args)
 
 
 def distill(teacher, source, args, run, stage, file):
@@ -533,7 +522,7 @@ def distill(teacher, source, args, run, stage, file):
         set_lr(optimizer, ramp * poly_lr(args.distill_lr, done - 1, steps, args.power))
         x_s, y_s = common.to_device(batch_s, args.device)
         x_t, y_t = common.to_device(batch_t, args.device)
-        x_t = strong_view(x_t, common.mix_seed(args.seed, 12, stage, done, common.rank()))
+        x_t = strong_view(x_t, args.seed, 12, stage, done)
         with common.autocast(args.device, args.precision):
             (_, logits_s), (_, logits_t) = student(x_s), student(x_t)  # (N, K, h, w)
             with torch.no_grad():
@@ -656,7 +645,7 @@ def main():
         if args.rectify:
             # The prototypes learn from the assignment of random pixels.
             grid = on_grid(valid, features_e.shape[2:])  # (N, h, w)
-            position = pick_pixels(grid, args.pixels, common.generator(args, 7, done))  # (N, P)
+            position = pick_pixels(grid, args.pixels, common.draw(grid.shape, common.generator(args, 7, done)))  # (N, P)
             z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, P, D)
             c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
             q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, P, K)
@@ -665,11 +654,11 @@ def main():
                 o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, P, K)
                 q = assign(o, logit_bank.usable(), marginal, args)
                 losses["sl_out"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-8
-                logit_bank.push(from_all_processes(o.flatten(0, 1)))
-            bank.push(from_all_processes(z.flatten(0, 1)))
+                logit_bank.push(common.all_gather(o.flatten(0, 1)))
+            bank.push(common.all_gather(z.flatten(0, 1)))  # so that all processes keep the same bank
             loss = loss + args.lambda_sl * (losses["sl"] + losses.get("sl_out", 0))  # CPSL-9, CPSL-11
             if args.consistency:
-                view = strong_view(x_t, common.mix_seed(args.seed, 8, done, common.rank()))
+                view = strong_view(x_t, args.seed, 8, done)
                 with common.autocast(args.device, args.precision):
                     features_v, _ = model(view)  # (N, D, h, w)
                 cosine_v = teacher_head(features_v)  # (N, K, h, w)

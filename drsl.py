@@ -288,16 +288,17 @@ def kmeans_modes(e, labels, representatives, iterations=10):
     return R
 
 
-def balanced_pixels(maps, label, limit, generator=None):
+def balanced_pixels(maps, label, limit, u):
     """At most `limit` random valid pixels per class and image, so that road and building do not dominate [U].
 
     maps (N, E, h, w), label (N, H, W), brought to the grid by nearest neighbour -> embeddings (n, E), labels (n,).
+    u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are taken.
     """
     N = len(label)
     label = F.interpolate(label[:, None].float(), size=maps.shape[2:], mode="nearest")[:, 0].long()  # (N, h, w)
     image = torch.arange(N, device=label.device).view(N, 1, 1)
     group = torch.where(label == common.IGNORE, 256 * N, image * 256 + label).flatten()  # ignored pixels come last
-    order = torch.rand(len(group), generator=generator, device=label.device).argsort()
+    order = u.flatten().argsort()
     order = order[group[order].argsort(stable=True)]  # shuffled, then sorted by group
     group = group[order]
     place = torch.arange(len(group), device=label.device) - torch.searchsorted(group, group)  # inside its own group
@@ -373,6 +374,16 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 # --- end ---
 
 
+def batch_pixels(e, label, args, generator):
+    """Embeddings (n, E) and labels (n,) of balanced_pixels from the images of all processes.
+
+    So every process computes the mode losses and the alignment of the whole batch, as a single one would: they are small, and
+    partners of a mode may lie in different processes.
+    """
+    e, y = balanced_pixels(e, label, args.pixels, common.draw(e[:, 0].shape, generator))
+    return common.all_gather(e), common.all_gather(y)
+
+
 def mode_loss(d2, labels, args):
     """DRSL-7 on one domain: margin and mode cross-entropy, equal weights."""
     return margin_loss(d2, labels, args.alpha) + mode_cross_entropy(d2, labels, args.sigma, args.posterior)
@@ -401,7 +412,7 @@ def train_modes(model, head, dataset, args, run):
             features, logits = model(image)
         with common.autocast(args.device, args.precision):
             e = head(features)  # (N, E, h, w)
-        e, y = balanced_pixels(e, label, args.pixels, common.generator(args, 2, step))  # (n, E), (n,)
+        e, y = batch_pixels(e, label, args, common.generator(args, 2, step))  # (n, E), (n,)
         mm = mode_loss(head.squared_distances(e), y, args)
         loss = segmentation_loss(logits, label) + args.lambda_mm * mm if joint else mm
         descend(loss, optimizer, *([model, head] if joint else [head]))
@@ -425,7 +436,8 @@ def place_modes(model, head, args, images=400, per_class=2000):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             e = head(model(image)[0])  # (N, E, h, w)
-        e, y = balanced_pixels(e, label, share, common.generator(args, 3, len(es)))  # (n, E), (n,)
+        u = torch.rand(e[:, 0].shape, generator=common.generator(args, 3, len(es)), device=e.device)  # (N, h, w)
+        e, y = balanced_pixels(e, label, share, u)  # (n, E), (n,)
         es.append(e)
         labels.append(y)
     head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
@@ -436,8 +448,7 @@ def place_modes(model, head, args, images=400, per_class=2000):
 def label_target(model, args, folder, portion):
     """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
-    Returns what the log shows: the portion asked for, the share of pixels kept and, in the toy world only, their accuracy
-    against the truth, which is looked at here and used nowhere.
+    Returns what the log shows: the portion asked for and what common.write_pseudo_labels tells.
     """
     model.eval()
     classes = common.task_classes(args.source)
@@ -451,24 +462,13 @@ def label_target(model, args, folder, portion):
     confidence, label = [], []
     for _, prob in probabilities(torch.utils.data.Subset(dataset, range(0, len(dataset), 4))):
         best, index = prob[:, :, ::8, ::8].max(1)  # (N, H / 8, W / 8): enough for a quantile
-        confidence.append(best.flatten().cpu())
-        label.append(index.flatten().byte().cpu())
+        confidence.append(best.flatten())
+        label.append(index.flatten().byte())
     confidence, label = common.all_gather(torch.cat(confidence)), common.all_gather(torch.cat(label))
-    thresholds = class_thresholds(confidence, label, len(classes), portion).to(args.device)
+    thresholds = class_thresholds(confidence, label, len(classes), portion)  # (C,)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
-    for batch, prob in probabilities(dataset):
-        pseudo = pseudo_labels(prob, thresholds).byte().cpu()
-        for name, values in zip(batch["name"], pseudo):
-            common.write_label(folder / f"{name}.png", values.numpy(), classes)
-        total += pseudo.numel()
-        kept += (pseudo != common.IGNORE).sum()
-        if "label" in batch:
-            right += ((pseudo == batch["label"]) & (pseudo != common.IGNORE)).sum()
-    total, kept, right = common.all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
-    known = {"accuracy": right / max(kept, 1)} if args.source == "toy" else {}
-    return {"portion": portion, "kept": kept / total, **known}
+    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in probabilities(dataset))
+    return {"portion": portion, **common.write_pseudo_labels(folder, labelled, args)}
 
 
 def make_optimizer_with_modes(model, head, args):
@@ -562,8 +562,8 @@ def main():
                 with common.autocast(args.device, args.precision):
                     e_s, e_t = head(features_s), head(features_t)  # (N, E, h, w)
                 generator = common.generator(args, 6, done)
-                e_s, y_s = balanced_pixels(e_s, y_s, args.pixels, generator)  # (n, E), (n,)
-                e_t, y_t = balanced_pixels(e_t, y_t, args.pixels, generator)
+                e_s, y_s = batch_pixels(e_s, y_s, args, generator)  # (n, E), (n,)
+                e_t, y_t = batch_pixels(e_t, y_t, args, generator)
                 d2_s, d2_t = head.squared_distances(e_s), head.squared_distances(e_t)  # (n, C, K)
                 losses["mm_s"], losses["mm_t"] = mode_loss(d2_s, y_s, args), mode_loss(d2_t, y_t, args)  # DRSL-7
                 if args.assignment == "hard":  # DRSL-8

@@ -378,11 +378,11 @@ def rank_target(model, dataset, args):
 def label_target(model, args, folder, r):
     """Steps 2 and 3: selects images, draws their patches and writes label PNGs and round.json to `folder`.
 
-    Returns what the log shows: portion, selected images, patches, share of kept pixels, and entropy_gap, measured
-    on the first patch of each image; in the toy world also the labels' accuracy against the truth, used nowhere.
+    Returns what the log shows: portion, selected images, patches, entropy_gap, measured on the first patch of each image, and
+    what common.write_pseudo_labels tells.
     """
     model.eval()
-    classes, size = common.task_classes(args.source), args.size
+    size = args.size
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
     portion = round_portion(args.portion, args.portion_step, r)  # LSE-13
     confidence, uncertainty, overall = rank_target(model, dataset, args)
@@ -404,31 +404,30 @@ def label_target(model, args, folder, r):
         common.write_atomically(folder / "round.json", lambda path: path.write_text(json.dumps(state)))
 
     thresholds = thresholds.to(args.device).float()
-    total, kept, right, gap = 0, 0, 0, 0.0
-    for i, item, prob in predictions(model, torch.utils.data.Subset(dataset, selected.tolist()), args):
-        entropy, label = pixel_entropy(prob), prob.argmax(0)  # (H, W)
-        keep = keep_confident(normalised_entropy(entropy, label), label, thresholds)
-        for _, n, y, x in patches[i * args.patches:(i + 1) * args.patches]:
-            there = cut(prob, y, x, args.scale)  # (C, h, w)
-            pseudo = transfer_labels(there, cut(keep, y, x, args.scale), size, args.mask_mode).cpu()  # (H, W)
-            common.write_label(folder / f"{item['name']}_{n}.png", pseudo.numpy(), classes)
-            total += pseudo.numel()
-            kept += (pseudo != common.IGNORE).sum().item()
-            if "label" in item:
-                truth = cut(item["label"], y, x, args.scale)[None, None].float()
-                truth = F.interpolate(truth, size=size, mode="nearest")[0, 0]
-                right += ((pseudo == truth) & (pseudo != common.IGNORE)).sum().item()
-            if n == 0:
-                view = enlarge(cut(item["image"], y, x, args.scale), size)[None]  # (1, 3, H, W)
-                gap += (pixel_entropy(common.predict(model, view, size, args.precision)[0]).mean()
-                        - pixel_entropy(enlarge(there, size)).mean()).item()
-    sums = torch.tensor([total, kept, right, gap], dtype=torch.float64, device=args.device)
-    total, kept, right, gap = common.all_sum(sums).tolist()  # also waits until all processes have written their labels
-    if kept == 0:
+    gap = torch.zeros((), dtype=torch.float64, device=args.device)
+
+    def labelled():
+        """Name, transferred label and, in the toy world, true label of every patch of this process's images."""
+        for i, item, prob in predictions(model, torch.utils.data.Subset(dataset, selected.tolist()), args):
+            entropy, label = pixel_entropy(prob), prob.argmax(0)  # (H, W)
+            keep = keep_confident(normalised_entropy(entropy, label), label, thresholds)
+            for _, n, y, x in patches[i * args.patches:(i + 1) * args.patches]:
+                patch = {"name": [f"{item['name']}_{n}"]}
+                if "label" in item:
+                    truth = cut(item["label"], y, x, args.scale)[None, None].float()
+                    patch["label"] = F.interpolate(truth, size=size, mode="nearest")[0]  # (1, H, W)
+                there = cut(prob, y, x, args.scale)  # (C, h, w)
+                yield patch, transfer_labels(there, cut(keep, y, x, args.scale), size, args.mask_mode)[None]  # (1, H, W)
+                if n == 0:
+                    view = enlarge(cut(item["image"], y, x, args.scale), size)[None]  # (1, 3, H, W)
+                    gap.add_(pixel_entropy(common.predict(model, view, size, args.precision)[0]).mean()
+                             - pixel_entropy(enlarge(there, size)).mean())
+
+    told = common.write_pseudo_labels(folder, labelled(), args)
+    if told["kept"] == 0:
         raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another --portion")
-    known = {"accuracy": right / kept} if args.source == "toy" else {}
-    return {"portion": portion, "images": len(selected), "patches": len(patches), "kept": kept / total,
-            "entropy_gap": gap / len(selected), **known}
+    return {"portion": portion, "images": len(selected), "patches": len(patches),
+            "entropy_gap": (common.all_sum(gap) / len(selected)).item(), **told}
 
 
 def parse_args():

@@ -209,7 +209,6 @@ def contrastive_bound(features, labels, mean, variance=None, tau=100.0, normalis
 
 
 @torch.no_grad()
-@torch.no_grad()
 def cosines(features, labels, mean):
     """What to watch instead of the bound (SDCA-12): means over the pixels of f.mu_y and of max_{k != y} f.mu_k."""
     similarity = F.normalize(features, dim=1) @ F.normalize(mean, dim=1).to(features).T  # (n, C)
@@ -231,7 +230,7 @@ def lovasz_softmax(prob, label):
     y = label.flatten()  # (n,)
     truth = y == torch.arange(C, device=y.device)[:, None]  # (C, n)
     errors = torch.where(y != common.IGNORE, (truth.to(p) - p).abs(), 0)  # ignored pixels come last and cost nothing
-    e, order = errors.sort(1, descending=True)
+    order = errors.detach().view(torch.int32).argsort(1, descending=True)  # floats >= 0 sort like their bits, integers sort faster
     truth = truth.gather(1, order)
     i = torch.arange(1, len(y) + 1, dtype=torch.int32, device=y.device)  # (n,)
     total = truth.sum(1, keepdim=True, dtype=torch.int32)  # (C, 1)
@@ -239,7 +238,7 @@ def lovasz_softmax(prob, label):
     I, U = I.to(p), (I + i).to(p)  # union: the class's own pixels, and the others among the i worst
     cost = torch.where(truth, 1 / U.clamp(min=1), I / (U * (U - 1)).clamp(min=1))  # Delta_i - Delta_{i-1}
     # SDCA-1: a class that does not occur has cost 0 everywhere
-    return (e * cost).sum() / (total > 0).sum().clamp(min=1)
+    return (errors.gather(1, order) * cost).sum() / (total > 0).sum().clamp(min=1)
 
 
 def grid_labels(label, size):
@@ -396,11 +395,9 @@ def collect_statistics(model, statistics, args, run):
 def label_target(model, args, folder):
     """Step 4: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
-    Returns what the log shows: the lowest and highest threshold, the share of pixels kept and, in the toy world only, their
-    accuracy against the truth, which is looked at here and used nowhere.
+    Returns what the log shows: the lowest and highest threshold and what common.write_pseudo_labels tells.
     """
     model.eval()
-    classes = common.task_classes(args.source)
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
 
     def probabilities():
@@ -411,19 +408,9 @@ def label_target(model, args, folder):
     histogram = sum(confidence_histogram(prob) for _, prob in probabilities())
     thresholds = class_thresholds(common.all_sum(histogram), args.theta)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
-    for batch, prob in probabilities():
-        pseudo = pseudo_labels(prob, thresholds).byte().cpu()
-        for name, values in zip(batch["name"], pseudo):
-            common.write_label(folder / f"{name}.png", values.numpy(), classes)
-        total += pseudo.numel()
-        kept += (pseudo != common.IGNORE).sum()
-        if "label" in batch:
-            right += ((pseudo == batch["label"]) & (pseudo != common.IGNORE)).sum()
-    total, kept, right = common.all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
-    known = {"accuracy": right / max(kept, 1)} if args.source == "toy" else {}
-    return {"theta_low": thresholds.min().item(), "theta_high": thresholds.max().item(), "kept": kept / total, **known}
+    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in probabilities())
+    return {"theta_low": thresholds.min().item(), "theta_high": thresholds.max().item(),
+            **common.write_pseudo_labels(folder, labelled, args)}
 
 
 def train_ssl(model, args, run, labels):

@@ -3,8 +3,8 @@
     python tests/benchmark.py [--device cpu|cuda]
 
 Not a test: pytest does not collect this file, and no figure here is asserted anywhere. Every number is the median of
-several runs after a warm-up; memory is the peak that the call adds (on CUDA as the allocator tells it; on the CPU it is
-measured for SDCA's statistics alone, in processes of their own; their textbook form needs 6.3 GiB).
+several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds (on CUDA as the allocator tells
+it; on the CPU it is measured for SDCA's statistics alone, in processes of their own; their textbook form needs 6.3 GiB).
 """
 
 import argparse
@@ -30,22 +30,25 @@ import scale_invariant as lse
 import sdca
 
 
-def measure(function, device, runs=7):
-    """Median milliseconds and peak additional GiB (None on the CPU) of one call."""
+def measure_once(function, device):
+    """Milliseconds and peak additional GiB (None on the CPU) of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
     function()
-    times, peak = [], None
-    for _ in range(runs):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times), peak
+    if device == "cuda":
+        torch.cuda.synchronize()
+    taken = 1000 * (time.perf_counter() - started)
+    return taken, (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
+
+
+def measure(function, device, runs=7):
+    """Median milliseconds and peak additional GiB (None on the CPU) of one call, after a warm-up."""
+    function()
+    times, peaks = zip(*(measure_once(function, device) for _ in range(runs)))
+    return statistics.median(times), peaks[-1]
 
 
 def report(title, ours, textbook, device, runs=7):
@@ -340,7 +343,7 @@ def cpsl_step(model, x_s, y_s, x_t, y_t, precision, consistency=False):
             (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
         loss = cpsl.segmentation_loss(logits_s, y_s) + cpsl.symmetric_cross_entropy(logits_t, y_t)
         valid = torch.ones(len(features), *features.shape[2:], dtype=torch.bool, device=device)
-        z = F.normalize(cpsl.take_pixels(features, cpsl.pick_pixels(valid, pixels)).float(), dim=2)
+        z = F.normalize(cpsl.take_pixels(features, cpsl.pick_pixels(valid, pixels, torch.rand(valid.shape, device=device))).float(), dim=2)
         c = F.normalize(head.prototypes.detach(), dim=1)
         q = cpsl.assign(z @ c.T, bank.usable() @ c.T, marginal, args)
         loss = loss + 0.1 * cpsl.self_labeling_loss(z, head.prototypes, q)
@@ -391,7 +394,7 @@ def drsl_step(model, x_s, y_s, x_t, y_t, precision):
         for maps, label in ((features_s, y_s), (features_t, y_t)):
             with common.autocast(x_s.device, precision):
                 e = head(maps)
-            e, y = drsl.balanced_pixels(e, label, 256)
+            e, y = drsl.balanced_pixels(e, label, 256, torch.rand(e[:, 0].shape, device=e.device))
             d2 = head.squared_distances(e)
             loss = loss + 0.1 * drsl.mode_loss(d2, y, args)
             sides += [e, y, drsl.assign_modes(d2, y)]
@@ -408,15 +411,21 @@ def steps(device, precision, backbone, size, batch, C=19):
               for _ in range(2)]
     forms = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
              "CPSL with consistency": functools.partial(cpsl_step, consistency=True), "SDCA": sdca_step, "DRSL": drsl_step}
-    reference = None
-    for title, form in forms.items():
+    functions = []
+    for form in forms.values():
         model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
         common.freeze_batch_norm(model)
-        time_taken, peak = measure(form(model, images[0], labels[0], images[1], labels[1], precision), device)
-        reference = reference or time_taken
-        memory = "" if peak is None else f"   {peak:.2f} GiB"
-        print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}  {title:24} {time_taken:8.1f} ms   "
-              f"{time_taken / reference:.2f} x plain{memory}", flush=True)
+        functions.append(form(model, images[0], labels[0], images[1], labels[1], precision))
+    for function in functions:
+        function()
+    # They take turns, so that whatever else disturbs the machine disturbs all of them.
+    rounds = [[measure_once(function, device) for function in functions] for _ in range(15)]
+    for title, results in zip(forms, zip(*rounds)):
+        taken = statistics.median(ms for ms, _ in results)
+        ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, rounds))
+        memory = "" if results[0][1] is None else f"   {results[-1][1]:.2f} GiB"
+        print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}  {title:24} {taken:8.1f} ms   "
+              f"{ratio:.2f} x plain{memory}", flush=True)
 
 
 def main():

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -26,17 +27,18 @@ def command(script, *arguments):
     return [sys.executable, str(PROJECT / script), *map(str, arguments)]
 
 
-def execute(folder, arguments):
+def execute(folder, arguments, environment):
     """What the new process does: standard output and error go to files, then the script runs as the main program."""
     os.chdir(folder)
+    os.environ.update(environment)
     for stream, name in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     sys.argv, sys.path[0] = arguments, str(PROJECT)
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def start(folder, script, *arguments):
-    process = SERVER.Process(target=execute, args=(str(folder), command(script, *arguments)[1:]))
+def start(folder, script, *arguments, **environment):
+    process = SERVER.Process(target=execute, args=(str(folder), command(script, *arguments)[1:], environment))
     process.start()
     return process
 
@@ -69,6 +71,31 @@ def kill_when(folder, condition, script, *arguments, with_signal=signal.SIGKILL)
     os.kill(process.pid, with_signal)
     process.join(120)
     return process.exitcode, texts(folder)[1]
+
+
+def run_as_two(folder, script, *arguments):
+    """Runs a script in two processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    team = [start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in "01"]
+    for process in team:
+        process.join()
+    assert [process.exitcode for process in team] == [0, 0], texts(folder)[1]
+
+
+SPLITTABLE = ["--freeze-bn", "--precision", "fp32", "--optimizer", "sgd"]  # nothing that magnifies rounding or belongs to a process
+
+
+def trained_alike(begun, one, two):
+    """Whether two checkpoints moved away from a third and are the same but for rounding."""
+    a, b, c = (torch.load(path, weights_only=True)["model"] for path in (begun, one, two))
+    moved, apart = (max((x[key].double() - b[key].double()).abs().max().item() for key in b) for x in (a, c))
+    assert moved > 1e-3 and apart < 0.01 * moved, f"moved {moved}, apart {apart}"
+    stages = [[json.loads(line)["stage"] for line in (Path(path).parent / "log.jsonl").read_text().splitlines()] for path in (one, two)]
+    assert stages[0] == stages[1], "only one process writes"
+    return True
 
 
 def logged(folder, stage, at_least=1):

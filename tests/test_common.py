@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -485,11 +486,28 @@ def test_files_are_written_atomically(tmp_path):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="last.pt.*No space left"):
         common.write_atomically(path, full_disk)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
     common.write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """A limit on the size of files stands for the disk: the second checkpoint does not fit."""
+    resource = pytest.importorskip("resource", reason="limits on files need a Unix")
+    run = common.Run("drsl", argparse.Namespace(out=str(tmp_path / "run"), device="cpu", precision="fp32", resume=False, seed=0))
+    run.save("last.pt", {"model": {"weight": torch.ones(10)}})
+    before, limits = (run.folder / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="last.pt: cannot be written"):
+            run.save("last.pt", {"model": {"weight": torch.ones(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run had taken it over
+    assert (run.folder / "last.pt").read_bytes() == before
+    assert sorted(os.listdir(run.folder)) == ["args.json", "last.pt"]
 
 
 def test_a_checkpoint_cannot_execute_code(tmp_path):

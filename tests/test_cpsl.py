@@ -7,14 +7,12 @@ import argparse
 import json
 import math
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import TINY, command, kill_when, logged, result, run, same_weights
+from scripts import SPLITTABLE, TINY, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -228,15 +226,15 @@ def test_pixels_are_drawn_at_random_without_repetition_and_never_from_padding():
     valid[1, :, 4:] = False  # 20 valid
     valid[2] = False
     valid[2, 2, 3] = True
-    position = pick_pixels(valid, 12, seeded())
+    position = pick_pixels(valid, 12, torch.rand(3, 5, 8, generator=seeded()))
     assert position.shape == (3, 12)
     assert all(len(set(row.tolist())) == 12 for row in position[:2])
     assert valid.flatten(1).gather(1, position).all()
     assert (position[2] == 2 * 8 + 3).all()  # one valid pixel: it repeats
-    assert pick_pixels(valid, 100, seeded()).shape == (3, 40)
-    assert sorted(pick_pixels(valid, 100, seeded())[0].tolist()) == list(range(40))
-    assert valid.flatten(1).gather(1, pick_pixels(valid, 100, seeded())).all()
-    often = torch.stack([torch.bincount(pick_pixels(valid[:1], 10)[0], minlength=40) for _ in range(400)]).float().mean(0)
+    assert pick_pixels(valid, 100, torch.rand(3, 5, 8)).shape == (3, 40)
+    assert sorted(pick_pixels(valid, 100, torch.rand(3, 5, 8))[0].tolist()) == list(range(40))
+    assert valid.flatten(1).gather(1, pick_pixels(valid, 100, torch.rand(3, 5, 8))).all()
+    often = torch.stack([torch.bincount(pick_pixels(valid[:1], 10, torch.rand(1, 5, 8))[0], minlength=40) for _ in range(400)]).float().mean(0)
     assert often.min() > 0.12 and often.max() < 0.4  # each a quarter of the time
     maps = torch.arange(2.0 * 3 * 5 * 8).view(2, 3, 5, 8)
     assert take_pixels(maps, torch.tensor([[9, 0], [39, 1]]))[1, 0].tolist() == maps[1, :, 4, 7].tolist()
@@ -781,22 +779,17 @@ def test_the_authors_head_from_start_to_end(tmp_path, start, here):
 
 
 def test_two_processes_share_one_run(tmp_path, start):
-    """torchrun with two CPU processes: the batch is split, the histogram is of all images, the bank holds all pixels."""
-    arguments = [*FEW, "--init", start, "--freeze-bn", "--precision", "fp32", "--distill", 1, "--bank", 256, "--lambda-sl", 0,
-                 "--no-consistency", "--optimizer", "sgd", "--lr", 0.02, "--ramp", 0]  # no process's own draws reach the network
+    """The marginal is of all images, the bank holds all pixels, both processes draw what one would draw."""
+    arguments = [*FEW, *SPLITTABLE, "--init", start, "--distill", 1, "--bank", 256, "--lr", 0.02, "--ramp", 0]
     run(tmp_path, "cpsl.py", *arguments, "--out", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command("cpsl.py", *arguments, "--out", "two")[1:]],
-                   cwd=tmp_path, check=True, capture_output=True)
+    run_as_two(tmp_path, "cpsl.py", *arguments, "--out", "two")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert [line["stage"] for line in map(json.loads, (one / "log.jsonl").read_text().splitlines())] == [
-        line["stage"] for line in map(json.loads, (two / "log.jsonl").read_text().splitlines())]  # one process writes
+    assert trained_alike(start, one / "stage1.pt", two / "stage1.pt")
     a, b = load(one / "warmup.pt"), load(two / "warmup.pt")
     torch.testing.assert_close(a["marginal"], b["marginal"], atol=2e-3, rtol=0)
     torch.testing.assert_close(a["prototypes"], b["prototypes"], atol=0.02, rtol=0)
-    assert load(two / "stage1.pt")["bank"]["memory"].shape == (256, 512)  # 4 steps of 2 images of 32 pixels
-    begun, ended, split = load(start)["model"], load(one / "stage1.pt")["model"], load(two / "stage1.pt")["model"]
-    moved = max((ended[key].float() - begun[key].float()).abs().max().item() for key in begun)
-    apart = max((ended[key].float() - split[key].float()).abs().max().item() for key in begun)
-    assert moved > 1e-3 and apart < 0.01 * moved
+    a, b = load(one / "stage1.pt"), load(two / "stage1.pt")
+    assert b["bank"]["memory"].shape == (256, 512)  # 4 steps of 2 images of 32 pixels
+    for part in ("bank", "head", "teacher_head"):
+        torch.testing.assert_close(a[part], b[part], atol=2e-3, rtol=1e-2)
     assert len(list((two / "pseudo_labels/stage2").iterdir())) == 24

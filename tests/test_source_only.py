@@ -4,13 +4,16 @@ import argparse
 import json
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from scripts import TINY, kill_when, logged, result, run, same_weights
+from scripts import SPLITTABLE, TINY, command, kill_when, logged, result, run, same_weights, trained_alike
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import source_only
+
 
 def test_poly_schedule():
     assert source_only.poly_lr(2.0, 0, 10, 0.9) == 2.0
@@ -75,6 +78,15 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
     if (tmp_path / "run/last.pt").exists():
         saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
         assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_torchrun_gives_the_single_process_result(tmp_path, start):
+    arguments = ["source_only.py", *TINY, *SPLITTABLE, "--iterations", 3, "--lr", 0.02]
+    run(tmp_path, *arguments, "--out", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                    *command(*arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
+    assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=0.1)
 
 
 def test_real_formats(tmp_path):
