@@ -15,11 +15,13 @@ Look at a data set before you train on it (counts, sizes, class shares, the firs
 
 import argparse
 import copy
+import errno
 import functools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,7 +233,7 @@ class GTA5(Dataset):
         path = self.images[index]
         image, label = read_image(path), self.table[read_label(self.labels[index])]
         if self.size is None and image.size != label.shape[::-1]:
-            raise InputError(f"{path}: image {image.size} but label {label.shape[::-1]}; give a size to resize both")
+            raise InputError(f"{path}: image {image.size} but label {label.shape[::-1]}; a size to resize both would do")
         return make_item(image, label, path.stem, self.size, self.augment, False)
 
 
@@ -608,7 +610,7 @@ def training_augment(size, crop, scale, jitter=0.3):
     from torchvision.transforms import v2
 
     if crop[0] > size[0] or crop[1] > size[1]:
-        raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than the image of --size {size[0]}x{size[1]}")
+        raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than images of {size[0]}x{size[1]} (--size, --source-size)")
     transform = v2.Compose([
         v2.ScaleJitter(target_size=size[::-1], scale_range=scale, antialias=True) if scale else v2.Identity(),  # (W, H) here
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
@@ -710,7 +712,9 @@ class DeepLabV2(nn.Module):
 
     `forward(images (N, 3, H, W))` returns `(features (N, D, h, w), logits (N, C, h, w))`. The head is four parallel
     3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
-    code a misplaced `return` leaves the last two out). Resize the logits with `upsample`.
+    code a misplaced `return` leaves the last two out). Resize the logits with `upsample`. A ResNet's max-pooling rounds
+    sizes down, as torchvision's weights were trained, so that 512x1024 gives a grid of 64x128; the papers' code rounds
+    up, to 65x129.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
               of this backbone. A file that does not fit is an InputError.
@@ -755,7 +759,10 @@ def torchvision_network(backbone, weights):
         raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
     # From random weights a ResNet learns much faster if every residual block starts as the identity.
     start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
-    net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+    try:
+        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+    except OSError as error:
+        raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
     if weights not in ("imagenet", "none"):
         load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
     return net
@@ -889,6 +896,11 @@ def adapt_batch_norm(model, args, images=400):
 def upsample(logits, size):
     """(N, C, h, w) -> (N, C, H, W), bilinear with aligned corners as in the papers' code."""
     return logits if logits.shape[2:] == size else F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+def grid_labels(label, size):
+    """(N, H, W) -> (N, h, w) by nearest neighbour: at stride 8 the top left pixel of each cell."""
+    return F.interpolate(label[:, None].float(), size=size, mode="nearest")[:, 0].long()
 
 
 def as_pixels(maps):
@@ -1051,7 +1063,10 @@ def to_picture(image):
 
 
 def draw_panel(path, titles, rows, width=320):
-    """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide."""
+    """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide.
+
+    The folder of `path` is made where it is missing.
+    """
     height = round(width * rows[0][0].height / rows[0][0].width)
     sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, 16 + len(rows) * (height + 4) - 4), "white")
     pen = ImageDraw.Draw(sheet)
@@ -1060,6 +1075,7 @@ def draw_panel(path, titles, rows, width=320):
         for line, row in enumerate(rows):
             picture = row[column].resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (column * (width + 4), 16 + line * (height + 4)))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
@@ -1131,15 +1147,15 @@ def shared_parser(doc, adapts=False):
         help="images per step and domain, over all processes")
     add("--freeze-bn", action=argparse.BooleanOptionalAction, default=by_source(False, True),
         help="train with frozen batch-norm statistics and affine parameters")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and augmentation")
+    add("--seed", type=natural_number, default=0, metavar="N", help="of weights, data order and augmentation")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
     add("--workers", type=int, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
-    add("--log-every", type=int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
-    add("--save-every", type=int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
+    add("--log-every", type=positive_int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
+    add("--save-every", type=positive_int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
+        add("--warmup-iterations", type=positive_int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
         add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
         add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
@@ -1156,6 +1172,8 @@ def parse(parser, argv=None):
     for key, value in vars(args).items():
         if isinstance(value, BySource):
             setattr(args, key, value[args.source])
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; expected --device cpu")
     return args
 
 
@@ -1171,6 +1189,13 @@ def positive_int(text):
     """argparse type: a whole number above zero."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def natural_number(text):
+    """argparse type: a whole number, zero or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of zero or more")
     return int(text)
 
 
@@ -1250,6 +1275,14 @@ def average_gradients(*modules):
             parameter.grad /= world_size()
 
 
+def ramp(step, args):
+    """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
+
+    Without it the first steps of a fresh optimizer, whose statistics are still those of one batch, throw the network about.
+    """
+    return min(1.0, step / max(args.ramp, 1))
+
+
 # ------------------------------------------------- the run folder -------------------------------------------------
 
 
@@ -1304,8 +1337,8 @@ class Run:
     def watch(self, stage, step, steps, **values):
         """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
 
-        values: numbers or scalar tensors; logged is their mean over all processes. On a GPU they are read only when they are logged or about to be saved,
-        because reading them makes the processor wait for the GPU.
+        values: numbers or scalar tensors; logged is their mean over all processes. On a GPU they are read only when they are
+        logged or about to be saved, because reading them makes the processor wait for the GPU.
         """
         logged = step % self.args.log_every == 0 or step == steps
         if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
@@ -1388,9 +1421,10 @@ def peak_memory():
 
 def versions():
     """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs ({platform.machine()})"
-    return f"python {platform.python_version()}, torch {torch.__version__}, commit {git.stdout.strip() or 'none'}, {device}"
+    return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {device}"
 
 
 def read_checkpoint(path):
@@ -1483,6 +1517,8 @@ def load_init(model, args, run):
 
 def unpack_model(checkpoint, path):
     """The network of a checkpoint of any method; InputError if the file is not one of ours."""
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
     missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
@@ -1494,12 +1530,16 @@ def unpack_model(checkpoint, path):
 
 
 def run(main):
-    """Calls a script's main(); an InputError ends it with its one line instead of a traceback."""
+    """Calls a script's main(); an InputError or a full disk ends it with one line instead of a traceback."""
     try:
         main()
     except InputError as error:
         # An error raised in a loader process arrives with that process's traceback in front of it.
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(f"error: {error}")  # the disk is full, or the place cannot be written to
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1509,11 +1549,18 @@ def run(main):
 
 
 def describe(title, dataset, classes, samples):
-    """Prints a data set's number of images, sizes and class shares; returns four rows (image, label) to look at."""
+    """Prints a data set's number of images, sizes, class shares and broken files.
+
+    Returns four rows (image, label) to look at, and what is wrong with each file that could not be used.
+    """
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples or len(dataset), len(dataset))).astype(int)).tolist()
-    counts, sizes, rows = np.zeros(256, np.int64), {}, []
-    for index in chosen:  # an image that cannot be read or has no label ends the program, named
-        item = dataset[index]
+    counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
+    for index in chosen:
+        try:
+            item = dataset[index]
+        except InputError as error:
+            broken.append(str(error))
+            continue
         size = "x".join(map(str, item["image"].shape[1:]))
         sizes[size] = sizes.get(size, 0) + 1
         if "label" in item:
@@ -1529,7 +1576,9 @@ def describe(title, dataset, classes, samples):
             print(f"    {name:14}{100 * count / counts.sum():6.2f} %")
     if counts.any():
         print(f"    {'ignored':14}{100 * counts[IGNORE] / counts.sum():6.2f} %")
-    return rows
+    if broken:
+        print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
+    return rows, broken
 
 
 def main():
@@ -1538,17 +1587,20 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
     parser.add_argument("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator (default 0)")
     parser.add_argument("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world (default 400)")
-    parser.add_argument("--samples", type=int, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
+    parser.add_argument("--samples", type=natural_number, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
     parser.add_argument("--picture", default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
     args = parser.parse_args()
     classes = task_classes(args.source)
     # Without a size each image and label is read as it stands in its file.
     args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
-    rows = describe("source train", source_dataset(args), classes, args.samples)
-    describe("target train", target_dataset(args, "train"), classes, args.samples)
-    rows += describe("target val", target_dataset(args, "val"), classes, args.samples)
-    draw_panel(args.picture, ["image", "label"], rows)
-    print(f"four source and four target scenes drawn into {args.picture}")
+    source_rows, source_broken = describe("source train", source_dataset(args), classes, args.samples)
+    _, train_broken = describe("target train", target_dataset(args, "train"), classes, args.samples)
+    target_rows, val_broken = describe("target val", target_dataset(args, "val"), classes, args.samples)
+    if rows := source_rows + target_rows:
+        draw_panel(args.picture, ["image", "label"], rows)
+        print(f"{len(source_rows)} source and {len(target_rows)} target scenes drawn into {args.picture}")
+    if broken := source_broken + train_broken + val_broken:
+        raise InputError(broken[0])
 
 
 if __name__ == "__main__":

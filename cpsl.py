@@ -7,22 +7,23 @@ Of the paper only abstract and Figure 1 with its caption were available; the equ
 code, checked against their training logs. Labels such as CPSL-6 are this project's own, the paper's equation numbers are
 unknown. Origin of equations, steps and flags:
 
-    [F] Figure 1     [A] abstract     [C] the authors' code only     [O] ours
+    [P] the paper's abstract or Figure 1     [C] the authors' code only     [U] unknown: a choice of ours
 
 The idea in five sentences
 --------------------------
-1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST [F] (here by a frozen copy of it, deviation 3).
-2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [F], one
+1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST [P] (here by a frozen copy of it, deviation 3).
+2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [P], one
    prototype per class compared by cosine [C], learns online from optimal-transport assignments of randomly sampled pixels and
-   a memory bank of past ones [F].
+   a memory bank of past ones [P].
 3. The transport problem is told how much of the target each class covers, namely what the pseudo-labels say: that makes
-   the self-labelling class-balanced [A, C]. A uniform marginal would give the tail more than its share [O].
-4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [F].
-5. What the network learned is then distilled twice [C], here each time into a fresh one [O].
+   the self-labelling class-balanced [P, C]. A uniform marginal would give the tail more than its share [U].
+4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [P].
+5. What the network learned is then distilled twice [C], here only if asked (--distill 2) and each time into a fresh one [U].
 
 Notation
 --------
-    N images   K classes = prototypes (index k)   D feature channels   B pixels in one transport problem   h x w feature grid
+    N images   K classes = prototypes (index k)   D feature channels   h x w feature grid
+    B = M + n pixels in one transport problem: M of the memory bank, n of one image
     x     target image   f, f'  the network and its momentum copy         t, s  softmax of a teacher and of a student
     z_i   feature of pixel i from f'   c_k, c'_k  prototypes and their momentum average; a cosine takes all at unit length
     P     softmax of the segmentation network    P_ST  the warm-up model's    P_SL  the momentum head's    y  label, 255 = ignore
@@ -32,31 +33,31 @@ Notation
 Equations
 ---------
     CPSL-1   L_src = mean_i -log P_i[y_i] on source                                                                [C]
-    CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                    that [F], form [C]
+    CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                    that [P], form [C]
     CPSL-3   RCE   = mean_i -sum_k P_i[k] log clamp(onehot(y_i)[k], 1e-4, 1) = mean_i A (1 - P_i[y_i])             [C]
     CPSL-4   L_t   = alpha CE + beta RCE, alpha 0.1, beta 1                                                        [C]
-    CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r   that [F, A], form [C]
+    CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r   that [P], form [C]
     CPSL-6   solved by Sinkhorn-Knopp: Q = exp(S / eps); 3 times: scale row k to sum r_k, then each column to sum 1/B;
              return (B Q)^T. One problem per image: S = cos(z, c) of [bank; its pixels]; only its pixels' rows are kept. [C]
-    CPSL-7   L_SL  = mean_i -sum_k Q_i[k] log softmax_k(cos(z_i, c_k) / T)                            that [F], form [C]
+    CPSL-7   L_SL  = mean_i -sum_k Q_i[k] log softmax_k(cos(z_i, c_k) / T)                            that [P], form [C]
     CPSL-8   the same with Q from S = the momentum network's logits at unit length, added to CPSL-7 (--output-term) [C]
     CPSL-9   L_SL  = CPSL-7 + CPSL-8
     CPSL-10  L_cons = mean over valid (n, k, h, w) of t (log t - log s): a KL divergence divided by K;              [C]
              t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                               [C]
     CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + lambda_KD L_KD                      [C]
-    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student              [O, see 8]
-    CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                         that [F], form [C]
-    CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                 product [F], hard label [C]
+    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student              [U, see 8]
+    CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                         that [P], form [C]
+    CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                 product [P], hard label [C]
 
-Gradients: L_SL reaches the prototypes c and nothing else [F]; L_cons the network and not c' [C]; Q, y and the momentum copies
-receive none. Left out: the authors' contrastive term CPSL-14 (1), colour transfer in LAB space (2), the adversarial warm-up
-CPSL-15 (12).
+Gradients: L_SL reaches the prototypes c and nothing else [P]; L_cons the network and not c' [C]; Q, y and the momentum copies
+receive none. Left out: the authors' contrastive term CPSL-14 (deviation 1), colour transfer in LAB space (deviation 2), the
+adversarial warm-up CPSL-15 (deviation 12).
 
 The algorithm                                                                          paper's notion -> function
 -------------                                                                          --------------------------
 1. Source-only training, or --init.                                                    train_source
-2. The warm-up model: its batch norm re-estimated on the target [O]; then              prepare
+2. The warm-up model: its batch norm re-estimated on the target [U]; then              prepare
    r, the histogram of its labels, and the prototypes, class means of its features.    class_sums
 3. Self-training. Each step, on a batch of source and a batch of target images:        main
      P_ST by the frozen warm-up model, P_SL by the momentum network and head,
@@ -70,8 +71,8 @@ The algorithm                                                                   
 4. --distill N: N times a fresh student learns from the last one, CPSL-12, -13.        label_target, distill
 5. Evaluate the last student: mIoU, that of the rare classes, and the predicted class histogram (`misplaced`).
 
-Authors' code (or paper) / here
--------------------------------
+Deviations: authors' code (or paper) / here
+-------------------------------------------
  1. Contrastive term, weight 0.001, whose labels are misaligned with its features twice; it never falls in their log / none.
  2. LAB colour transfer of GTA5 to random target images; RandAugment with geometry, a flip and cutout in the strong view, labels
     warped along / none; the strong view is blur and colour jitter, each with probability 0.5 and per image.
@@ -103,7 +104,8 @@ Authors' code (or paper) / here
     ResNet-101's 2048 channels the bank takes 0.5 GB, in memory and in every checkpoint, with 256 an eighth of that.
 15. SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps its poly schedule takes a
     root of a negative number; stopped at about 81 000 / the same rates on real data after --ramp steps, though for 2 + 2 images
-    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW and a shorter memory.
+    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW, a bank of 4096 pixels and
+    a momentum of 0.99.
 16. Synchronised batch norm; RGB/255; crops of 896x512 from images 2200 wide, scaled by 0.5 to 1.5, evaluation at 2048x1024 /
     the recipe of all methods here: frozen batch norm, ImageNet mean and deviation, images and evaluation at --size, scaled by
     1.0 to 1.5, and colour jitter in the weak view too.
@@ -142,10 +144,11 @@ import common
 
 @torch.no_grad()
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
-    """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K) whose rows sum to 1.
+    """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K): each pixel's K values sum to 1.
 
-    In float32 at least, also under autocast. The first round is in logarithms, which no score over- or underflows; from then on
-    rows are distributions and no class with r_k > 0 is empty. The mean row approaches r with more rounds; r_k = 0 gets nothing.
+    CPSL-5 lays Q out the other way round, K x B. In float32 at least, also under autocast. The first round is in logarithms,
+    which no score over- or underflows; from then on every pixel has a distribution and no class with r_k > 0 is empty. The
+    mean over the pixels approaches r with more rounds; r_k = 0 gets nothing.
     """
     S = scores.to(torch.promote_types(scores.dtype, torch.float32))
     r = marginal.to(S)
@@ -254,19 +257,20 @@ def class_sums(features, label, num_classes, least=1):
 
 
 def pick_pixels(valid, pixels, u):
-    """Positions (N, P) of P different pixels in each map, not where `valid` (N, h, w) is false: those with the smallest of
+    """Positions (N, n) of n different pixels in each map, not where `valid` (N, h, w) is false: those with the smallest of
     the random numbers u (N, h, w).
 
-    Where an image has fewer valid pixels, they repeat; where it has none, position 0 stands for them. P is `pixels`, or h w if that is smaller.
+    Where an image has fewer valid pixels, they repeat; where it has none, position 0 stands for them. n is `pixels`, or h w
+    if that is smaller.
     """
     valid = valid.flatten(1)  # (N, h w)
     shuffled = u.flatten(1).masked_fill(~valid, 2.0).argsort(1)
-    place = torch.arange(min(pixels, valid.shape[1]), device=valid.device) % valid.sum(1, keepdim=True).clamp(min=1)  # (N, P)
+    place = torch.arange(min(pixels, valid.shape[1]), device=valid.device) % valid.sum(1, keepdim=True).clamp(min=1)  # (N, n)
     return shuffled.gather(1, place)
 
 
 def take_pixels(maps, position):
-    """maps (N, D, h, w) at position (N, P) -> (N, P, D)."""
+    """maps (N, D, h, w) at position (N, n) -> (N, n, D)."""
     return maps.flatten(2).transpose(1, 2).gather(1, position[:, :, None].expand(-1, -1, maps.shape[1]))
 
 
@@ -341,30 +345,31 @@ class ProDANetwork(common.DeepLabV2):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power
+    return base * (1 - step / steps) ** power  # SRC-2
 
 
 def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    fused = next(model.parameters()).is_cuda  # all weights in one kernel
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -407,11 +412,6 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def build_model(args):
     """The network with the head that was asked for."""
     return common.build_model(args, ProDANetwork if args.head == "proda" else common.build_network)
-
-
-def on_grid(valid, size):
-    """bool (N, H, W) -> (N, h, w), nearest neighbour."""
-    return F.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0].bool()
 
 
 def strong_view(images, *seed):
@@ -469,11 +469,11 @@ def prepare(model, args, run):
 
 
 def assign(scores, past, marginal, args):
-    """Q_cur (N, P, K): CPSL-6 for every image by itself, on the bank's pixels and its own.
+    """Q_cur (N, n, K): CPSL-6 for every image by itself, on the bank's pixels and its own.
 
-    scores (N, P, K) of the images' pixels; past (M, K) of the bank's, M = 0 before it is full.
+    scores (N, n, K) of the images' pixels; past (M, K) of the bank's, M = 0 before it is full.
     """
-    both = torch.cat([past.expand(len(scores), -1, -1), scores], 1)  # (N, M + P, K)
+    both = torch.cat([past.expand(len(scores), -1, -1), scores], 1)  # (N, M + n, K)
     return sinkhorn(both, marginal, args.epsilon, args.sinkhorn_iterations)[:, len(past):]
 
 
@@ -486,7 +486,6 @@ def make_optimizer_with_prototypes(model, head, args):
     return optimizer
 
 
-@torch.no_grad()
 def label_target(model, args, folder):
     """Step 4: hard labels of the target train images from flip-averaged softmax, 255 where not surer than --confidence; as PNGs.
 
@@ -518,8 +517,7 @@ def distill(teacher, source, args, run, stage, file):
     batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 11, stage), start=done, stop=steps)
     student.train()
     for done, batch_s, batch_t in zip(range(done + 1, steps + 1), batches_s, batches_t):
-        ramp = min(1.0, done / max(args.ramp, 1))
-        set_lr(optimizer, ramp * poly_lr(args.distill_lr, done - 1, steps, args.power))
+        set_lr(optimizer, common.ramp(done, args) * poly_lr(args.distill_lr, done - 1, steps, args.power))
         x_s, y_s = common.to_device(batch_s, args.device)
         x_t, y_t = common.to_device(batch_t, args.device)
         x_t = strong_view(x_t, args.seed, 12, stage, done)
@@ -548,7 +546,7 @@ def parse_args():
     add("--head-scale", type=float, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for classifier and prototypes [C]; --head-lr is that of warm-up and distillation")
     add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors' head, with its own warm-up")
-    add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: share of the warm-up model's labels [A], or 1/K")
+    add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: share of the warm-up model's labels [P], or 1/K")
     add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
     add("--temperature", type=float, metavar="T", default=0.08, help="of the cosine softmax [C]")
     add("--epsilon", type=float, default=0.05, help="eps, weight of the entropy in the transport problem [C]")
@@ -603,7 +601,8 @@ def main():
     bank, logit_bank = MemoryBank(args.bank, model.feature_dim, args.device), MemoryBank(args.bank, len(marginal), args.device)
     parts = {"head": head, "teacher": teacher, "teacher_head": teacher_head, "bank": bank, "logit_bank": logit_bank}
 
-    # Step 3: self-training. The last stage of the run writes last.pt.
+    # Step 3: self-training. Names end in s for source, t for target, e for the momentum network ("teacher"), w for the warm-up
+    # model, v for the strong view. The last stage of the run writes last.pt.
     files = [f"stage{k}.pt" for k in range(1, args.distill + 1)] + ["last.pt"]
     optimizer, done = make_optimizer_with_prototypes(model, head, args), 0
     if args.resume and (run.folder / files[0]).exists():
@@ -613,10 +612,9 @@ def main():
     model.train()
     teacher.train()
     for done, batch_s, batch_t in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
-        ramp = min(1.0, done / max(args.ramp, 1))  # new statistics of AdamW or momentum must not throw the network about
-        set_lr(optimizer, ramp * poly_lr(args.lr, done - 1, args.iterations, args.power))
+        set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
         x_s, y_s = common.to_device(batch_s, args.device)
-        x_t, padding = common.to_device(batch_t, args.device)
+        x_t, padding = common.to_device(batch_t, args.device)  # (N, 3, H, W), (N, H, W): 255 outside the picture, else 0
         valid = padding != common.IGNORE  # (N, H, W)
 
         # Labels of the target batch.
@@ -644,14 +642,14 @@ def main():
 
         if args.rectify:
             # The prototypes learn from the assignment of random pixels.
-            grid = on_grid(valid, features_e.shape[2:])  # (N, h, w)
-            position = pick_pixels(grid, args.pixels, common.draw(grid.shape, common.generator(args, 7, done)))  # (N, P)
-            z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, P, D)
+            grid = common.grid_labels(padding, features_e.shape[2:]) != common.IGNORE  # (N, h, w)
+            position = pick_pixels(grid, args.pixels, common.draw(grid.shape, common.generator(args, 7, done)))  # (N, n)
+            z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, n, D)
             c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
-            q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, P, K)
+            q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, n, K)
             losses["sl"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-7
             if args.output_term:
-                o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, P, K)
+                o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, n, K)
                 q = assign(o, logit_bank.usable(), marginal, args)
                 losses["sl_out"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-8
                 logit_bank.push(common.all_gather(o.flatten(0, 1)))

@@ -8,11 +8,11 @@ official code was found, and of the paper only title, abstract, keywords, the ca
 were available. Labels such as DRSL-6 are this project's own, the paper's equation numbers are unknown, and no mIoU of
 the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
-    [S] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
+    [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
     [G] the same group's earlier code (LSE, MLSL)            [F] field convention (CRST, AdaptSegNet, DeepLab)
     [I] inferred for this reconstruction                     [U] unknown: a choice of ours
 
-The idea in five sentences [S]
+The idea in five sentences [P]
 ------------------------------
 1. Cross-entropy on pseudo-labels learns only what separates classes from one another, and under a domain shift that
    boundary is misaligned on the target, so the pseudo-labels are noisy.
@@ -33,17 +33,17 @@ Notation
 
 Equations
 ---------
-    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                source, kind [S], form [F]
-    DRSL-2   L_seg^t = the same on the target with pseudo-labels                                    kind [S], form [F]
+    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                source, kind [P], form [F]
+    DRSL-2   L_seg^t = the same on the target with pseudo-labels                                    kind [P], form [F]
     DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights              [R]
     DRSL-4a  P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'          (--posterior soft)                              [R]
-    DRSL-4c  P_mm(c|e) = softmax_c(s max_k p_ck), s = 15          (--posterior max; what RepMet's code trains)    [R]
+    DRSL-4c  P_mm(c|e) = softmax_c(s max_k p_ck), s = 15          (--posterior max; RepMet's code, sigma = 0.5)   [R]
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                                 [R]
     DRSL-6   L_marg = mean_i [ min_k d2_yk - min_{c != y, k} d2_ck + alpha ]_+                                    [R]
-    DRSL-7   L_mm = L_marg + L_mmce, on target "over pseudo-labels" [S], on source with y [I], equal weights [R, for DRSL U]
-    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)             inside the class [S], rest [U]
+    DRSL-7   L_mm = w_m L_marg + w_c L_mmce, on target "over pseudo-labels" [P], on source with y [I], w = 1 [R, for DRSL U]
+    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)             inside the class [P], rest [U]
              m_i ~ Cat(q), q_k = p_yk / sum_k' p_yk'              (--assignment stochastic, DRSL-9B)              [U]
-    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2        kind [S], form [U]
+    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2        kind [P], form [U]
              A: the (c,k) with a source and a target pixel in the batch; a_j, b_j uniform with replacement
     DRSL-9C  triplet: [ |e^t - e^s_+|^2 - |e^t - e^s_-|^2 + alpha ]_+, e^s_- of another class                     [U]
     DRSL-9D  centroid: mean over A of |mu^s_ck - mu^t_ck|^2                                                       [U]
@@ -54,13 +54,14 @@ Equations
     DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                                  [F]
 
 No gradient flows through m, q and pseudo-labels. DRSL-4, -5, -6 and -9 run over the pixels that choice 4 leaves. Not
-implemented: focal loss (2f), the unscaled maximum (4b), and SoftTriple, Magnet and triplet losses in place of 6 (11 to 13).
+implemented: focal loss (2f), the unscaled maximum (4b), SoftTriple, Magnet and triplet losses in place of 6 (11 to 13),
+gradient clipping, the mining of rare classes, the agreement of several views.
 
 The algorithm                                                                          paper's notion -> function
 -------------                                                                          --------------------------
 1. Source-only training [F], or --init.                                                train_source
 2. Mode warm-up on source [I]: the head alone for a while, then K-means per class      train_modes, kmeans_modes
-   on the sphere sets R, then head and network jointly.
+   on the sphere sets R, then head and network jointly (not on the toy).
 3. Rounds [F]: label the target train images with the present network,                 label_target, class_thresholds,
    class-balanced (DRSL-14, -15, -16);                                                 pseudo_labels
    then train on batches of source and target images with DRSL-10:                     main
@@ -77,12 +78,13 @@ Choices where the sources are silent or differ: source / here
  2. sigma with DRSL-4a. RepMet 0.5 / 0.3, because on the sphere 0.5 cannot get below 0.67 nats (C = 19, K = 3).
  3. Resolution of the mode losses. Unknown / stride 8, labels by nearest neighbour.
  4. Class balance of the mode losses and the alignment. Unknown / at most --pixels random pixels per class and image.
- 5. K, E, lambdas, M, whether alignment moves both domains. Unknown / 3, 256, 0.1 and 0.1, 64, yes; all flags.
+ 5. K, E, lambdas, M, whether alignment moves both domains. Unknown / 3, 256 (toy 64), 0.1 and 0.1, 64, yes; all flags.
     What "stochastic" means in stochastic mode alignment. Unknown / random pixel pairs; random modes are a flag.
  6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
     pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
- 7. Optimizer. CRST: SGD, a fresh one every round / one for all rounds, and its learning rate rises over the first --ramp
-    steps, because the first steps of a fresh AdamW move every weight by the full rate. Neither was measured by itself.
+ 7. Optimizer. CRST: SGD at a constant rate, a fresh one every round / one for all rounds, poly decay (--power 0 for none),
+    no clipping of gradients, and the rate rises over the first --ramp steps, because the first steps of a fresh AdamW move
+    every weight by the full rate. Neither was measured by itself.
  8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
     own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm).
  9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
@@ -136,11 +138,6 @@ class ModeHead(nn.Module):
         return d2.view(len(e), *self.representatives.shape[:2])  # (n, C, K)
 
 
-def masked_mean(values, valid):
-    """Mean of values (n,) where valid (n,); a zero connected to the graph if nothing is."""
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
-
-
 def mode_cross_entropy(d2, labels, sigma, posterior="soft", s=15.0):
     """DRSL-5, nats: cross-entropy of the class posterior that the modes imply. d2 (n, C, K), labels (n,), 255 ignored.
 
@@ -153,7 +150,8 @@ def mode_cross_entropy(d2, labels, sigma, posterior="soft", s=15.0):
         logits = s * z.amax(2).exp()  # DRSL-4c, (n, C)
     valid = labels != common.IGNORE
     loss = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none")  # (n,)
-    return masked_mean(loss, valid)
+    # DRSL-5
+    return common.masked_mean(loss, valid)
 
 
 def margin_loss(d2, labels, alpha):
@@ -167,7 +165,7 @@ def margin_loss(d2, labels, alpha):
     own = nearest.gather(1, y)[:, 0]  # (n,)
     impostor = nearest.scatter(1, y, math.inf).min(1).values  # (n,)
     # DRSL-6
-    return masked_mean(F.relu(own - impostor + alpha), valid)
+    return common.masked_mean(F.relu(own - impostor + alpha), valid)
 
 
 def assign_modes(d2, labels):
@@ -234,7 +232,7 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
     position = torch.where(position >= first[:, None], position + own[:, None], position).clamp(max=len(g_s) - 1)
     negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (|A|, M)
     loss = F.relu(positive - negative + alpha).mean(1)  # (|A|,)
-    return masked_mean(loss, others > 0)
+    return common.masked_mean(loss, others > 0)
 
 
 def count_shared_modes(labels_s, modes_s, labels_t, modes_t, shape):
@@ -295,7 +293,7 @@ def balanced_pixels(maps, label, limit, u):
     u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are taken.
     """
     N = len(label)
-    label = F.interpolate(label[:, None].float(), size=maps.shape[2:], mode="nearest")[:, 0].long()  # (N, h, w)
+    label = common.grid_labels(label, maps.shape[2:])  # (N, h, w)
     image = torch.arange(N, device=label.device).view(N, 1, 1)
     group = torch.where(label == common.IGNORE, 256 * N, image * 256 + label).flatten()  # ignored pixels come last
     order = u.flatten().argsort()
@@ -311,30 +309,31 @@ def balanced_pixels(maps, label, limit, u):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power
+    return base * (1 - step / steps) ** power  # SRC-2
 
 
 def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    fused = next(model.parameters()).is_cuda  # all weights in one kernel
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -385,8 +384,9 @@ def batch_pixels(e, label, args, generator):
 
 
 def mode_loss(d2, labels, args):
-    """DRSL-7 on one domain: margin and mode cross-entropy, equal weights."""
-    return margin_loss(d2, labels, args.alpha) + mode_cross_entropy(d2, labels, args.sigma, args.posterior)
+    """DRSL-7 on one domain: margin and mode cross-entropy."""
+    margin, cross_entropy = margin_loss(d2, labels, args.alpha), mode_cross_entropy(d2, labels, args.sigma, args.posterior)
+    return args.w_m * margin + args.w_c * cross_entropy  # DRSL-7
 
 
 def train_modes(model, head, dataset, args, run):
@@ -398,7 +398,7 @@ def train_modes(model, head, dataset, args, run):
     optimizer, start, steps = make_optimizer_with_modes(model, head, args), 0, args.head_iterations + args.joint_iterations
     if args.resume and (run.folder / "modes.pt").exists():
         start = common.load_training(run.folder / "modes.pt", model, optimizer, head=head)
-    if args.head_iterations == start == 0:
+    if start == 0 and args.head_iterations == 0 and args.mode_start == "kmeans":  # modes of an untrained head
         place_modes(model, head, args)
     if steps == 0:
         run.save("modes.pt", common.pack_training(model, optimizer, args, 0, head=head))
@@ -417,7 +417,7 @@ def train_modes(model, head, dataset, args, run):
         loss = segmentation_loss(logits, label) + args.lambda_mm * mm if joint else mm
         descend(loss, optimizer, *([model, head] if joint else [head]))
         run.watch("modes", step, steps, mm=mm, loss=loss)
-        if step == args.head_iterations:
+        if step == args.head_iterations and args.mode_start == "kmeans":
             place_modes(model, head, args)
             optimizer.state.pop(head.representatives, None)  # momentum of the representatives that k-means replaced
         if run.time_to_save(step, steps):
@@ -444,7 +444,6 @@ def place_modes(model, head, args, images=400, per_class=2000):
     common.broadcast(head.representatives)  # one set of modes for all processes
 
 
-@torch.no_grad()
 def label_target(model, args, folder, portion):
     """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
@@ -491,9 +490,12 @@ def parse_args():
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
     add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.5, 0.5), help="its bound [F]")
     add("--modes", type=int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
+    add("--mode-start", choices=("kmeans", "random"), default="kmeans", help="representatives after the head's warm-up [U]")
     add("--embedding", type=int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
     add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
     add("--alpha", type=float, default=0.5, help="margin on squared distances [R]")
+    add("--w-m", type=float, default=1.0, help="weight of the margin loss in L_mm [R]")
+    add("--w-c", type=float, default=1.0, help="weight of the mode cross-entropy in L_mm [R]")
     add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a or DRSL-4c [U]")
     add("--pixels", type=int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm and L_sma, at most [U]")
     add("--lambda-t", type=float, default=1.0, help="weight of the target cross-entropy [U]")
@@ -549,8 +551,7 @@ def main():
         batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
-            ramp = min(1.0, done / max(args.ramp, 1))  # new statistics of AdamW or momentum must not throw the network about
-            set_lr(optimizer, ramp * poly_lr(args.lr, done - 1, args.iterations, args.power))
+            set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
             x_s, y_s = common.to_device(batch_s, args.device)
             x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
             with common.autocast(args.device, args.precision):

@@ -122,6 +122,8 @@ def main():
     if args.summary:
         print(summary(args.summary))
         return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise common.InputError("--device cuda: torch finds no GPU here; expected --device cpu")
     checkpoints = [common.read_checkpoint(path) for path in args.checkpoints]
     networks = [common.unpack_model(checkpoint, path) for checkpoint, path in zip(checkpoints, args.checkpoints)]
     tasks = []
@@ -143,6 +145,7 @@ def main():
         columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
     print(common.score_table(columns))
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         common.write_atomically(Path(args.json), lambda path: path.write_text(json.dumps(columns, indent=1)))
     if args.panel:
         common.comparison_panel(args.panel, models, tasks[0], args.split)

@@ -24,7 +24,8 @@ The idea in five sentences
 
 Notation
 --------
-    M target images   C classes (index c)   H x W image   h x w patch before enlarging   i a pixel
+    M target images   C classes (index c)   H x W image   i a pixel
+    h x w patch before enlarging, in LSE-12 and its functions; after the network the stride-8 grid
     P_i    softmax at pixel i of the whole image   y_i = argmax P_i, q_i = max P_i   E_i entropy, nats   E^_i normalised
     s_c    confidence of an image in class c       N_c   images in which c is predicted at all   k_c   images kept for c
     x*_c   best image that c does not keep         u_c    mean E^ of an image's pixels with y_i = c
@@ -53,12 +54,13 @@ Equations, all from the authors' code [C]
 The mask of LSE-10 only compares pixels of one class inside one image: wherever the class has two different entropies there
 and t_c is above 0, its most certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
 
-The algorithm [C]                                                                      notion -> function
+The algorithm [C]                                                                      paper's notion -> function
 -------------                                                                          --------------------------
 1. Source-only training, or --init.                                                    train_source
 2. Rounds. Rank all target images with the present network: LSE-5                      rank_target, image_confidence
      select confident images and the image behind them, LSE-6, -8                      select_images
-     dynamic class-specific entropy threshold, LSE-7, -9, -11                          image_uncertainty, class_thresholds
+     entropy, and the same normalised within its class, LSE-11, -7                     pixel_entropy, normalised_entropy
+     dynamic class-specific entropy threshold, LSE-9                                   image_uncertainty, class_thresholds
 3. Label n_p enlarged patches of every selected image with the same network:           label_target
      filter, LSE-10                                                                    keep_confident
      transfer the labels across scales, LSE-12                                         random_windows, transfer_labels, Patches
@@ -75,8 +77,9 @@ Deviations: authors' code / here
     DeepLabV2 with four branches as in all files here; --backbone vgg16-fcn8s is the other.
  2. SYNTHIA. 19 outputs; terrain, truck and train are neither ranked nor filtered, so nearly all their pixels become labels /
     16 outputs. The divisor in LSE-6 is 19 in both.
- 3. Focal loss. Per pixel for VGG, for DeepLab of the mean cross-entropy of one patch, which modulates no pixel / per pixel for
-    both; --focal mean takes the mean of the process's batch. gamma is 5 in the GTA5 DeepLab notebook [N]. Its README's `--focal-loss False` leaves the loss on / --focal off, or --beta 0.
+ 3. Focal loss. Per pixel for VGG; for DeepLab of the mean cross-entropy of one patch, which modulates no pixel; gamma is 5 in
+    the GTA5 DeepLab notebook [N]; the option `--focal-loss False` leaves the loss on / per pixel for both; --focal mean takes
+    the mean of the process's batch; --focal off, or --beta 0, drops it.
  4. Mask. Enlarged bilinearly and kept where not exactly 0, which lets it grow: one pixel becomes 16, and of a random half
     94 % stay / nearest neighbour, one pixel becomes 4; --mask-mode dilate is the other.
  5. A class with one pixel or one entropy in an image. 0/0, and comparisons with NaN keep the pixel, even the whole class if
@@ -113,7 +116,7 @@ Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source
 norm 50.3, LSE 51.5 mIoU; 1.2 GB.
 
     python scale_invariant.py                                     # toy world: warm-up, two rounds, table, picture
-    python scale_invariant.py --scale 1                           # plain self-training: whole images, not enlarged
+    python scale_invariant.py --scale 1                           # self-training on whole images, not enlarged
     python scale_invariant.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
     python source_only.py --source gta5 --data-root DIR --backbone vgg16-fcn8s
     python scale_invariant.py --source gta5 --data-root DIR --backbone vgg16-fcn8s --optimizer adam --head-lr 1 \\
@@ -239,8 +242,8 @@ def focal_loss(logits, label, gamma):
     l = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W), 0 where 255
     doubt = -torch.expm1(-l)  # 1 - exp(-l)
     focal = doubt.clamp(min=1e-12) ** gamma * l  # clamped, because for gamma < 1 the power has no slope at 0
-    valid = common.average((label != common.IGNORE).sum().float())  # over all processes, as in segmentation_loss
-    return focal.sum() / valid.clamp(min=1 / common.world_size())
+    # LSE-3
+    return common.masked_mean(focal, label != common.IGNORE)
 
 
 def focal_of_mean(cross_entropy, gamma):
@@ -263,30 +266,31 @@ def round_steps(patches, epochs, batch_size):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power
+    return base * (1 - step / steps) ** power  # SRC-2
 
 
 def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    fused = next(model.parameters()).is_cuda  # all weights in one kernel
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -363,7 +367,6 @@ def predictions(model, dataset, args):
             number += common.world_size()
 
 
-@torch.no_grad()
 def rank_target(model, dataset, args):
     """Step 2, one pass over the target: of each image s (M, C), u (M, C) and the mean confidence of all its pixels (M,)."""
     C = len(common.task_classes(args.source))
@@ -374,7 +377,6 @@ def rank_target(model, dataset, args):
     return confidence, uncertainty, overall[:, 0]
 
 
-@torch.no_grad()
 def label_target(model, args, folder, r):
     """Steps 2 and 3: selects images, draws their patches and writes label PNGs and round.json to `folder`.
 
@@ -443,7 +445,7 @@ def parse_args():
         help="p of the first round: 19 times the share of images that a class keeps [C]")
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.5, 0.05), help="delta_p, its growth per round [C]")
     add("--patches", type=common.positive_int, metavar="n_p", default=4, help="random patches per selected image [C]")
-    add("--scale", type=int, choices=(1, 2), default=2, help="how much patches are enlarged; 1: whole images, plain self-training, so that all n_p are the same [C]")
+    add("--scale", type=int, choices=(1, 2), default=2, help="how much patches are enlarged; 1: self-training on whole images, all n_p patches the same [C]")
     add("--rank", choices=("class", "global"), default="class", help="images confident in a class, or as many confident ones [C, N]")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest", help="how the mask of kept pixels is enlarged [U, C]")
     add("--focal", choices=("pixel", "mean", "off"), default="pixel", help="focal loss per pixel, of the mean, or none [C]")
@@ -492,8 +494,7 @@ def main():
         batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5, r), start=done - first, stop=last - first)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
-            ramp = min(1.0, done / max(args.ramp, 1))  # new statistics of AdamW or momentum must not throw the network about
-            set_lr(optimizer, ramp * poly_lr(args.lr, done - 1 - begin, end - begin, args.power))
+            set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1 - begin, end - begin, args.power))
             x_s, y_s = common.to_device(batch_s, args.device)
             x_t, y_t = common.to_device(batch_t, args.device)  # y_t: transferred labels
             with common.autocast(args.device, args.precision):

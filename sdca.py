@@ -8,7 +8,7 @@ of the authors' released code, and the two steps between the contrastive loss an
 such as SDCA-5 are this project's own, the paper's equation numbers are unknown. Sentences, equations and the real data's
 defaults carry their origin; the toy's defaults are ours:
 
-    [P] stated by the paper's abstract       [C] the authors' code       [A] the authors in an issue thread
+    [P] stated by the paper's abstract       [C] the authors' code       [T] the authors in an issue thread
     [D] derived here, checked numerically
 
 The idea in five sentences
@@ -42,8 +42,8 @@ Equations
              infinitely many pairs [P]; class k is Gaussian, m ~ N(mu_k, Sigma_k), as the bound's form implies
     SDCA-4   z_k = f.mu_k / tau + f' Sigma_k f / (2 tau^2)            log of E_{m ~ k} exp(f.m / tau)                 [C]
     SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  =  CE(z, y) + f' Sigma_y f / (2 tau^2)  >=  l_inf   [C, >= D]
-             Jensen's inequality on the logarithm. The code has the right form; the left one needs no variance per pixel.
-    SDCA-6   f' Sigma_k f = sum_a f_a^2 sigma_ka           diagonal [C], for want of memory [A]; the paper's is full, says a reader
+             Jensen's inequality on the logarithm. Theirs is the second form; the first, here, needs no variance per pixel.
+    SDCA-6   f' Sigma_k f = sum_a f_a^2 sigma_ka           diagonal [C], for want of memory [T]; the paper's is full, says a reader
     SDCA-7   L_feat = mean bound(source features, y_s) + mean bound(target features, y_t)                             [C]
     SDCA-8   L_out  = the same with logits and their own statistics; the same labels                                  [C]
     SDCA-9   L = L_sup + lambda_feat L_feat + lambda_out L_out                                                        [C]
@@ -57,9 +57,10 @@ Equations
 
 What SDCA-12 means for tau = 100 [D]. Features behind a ReLU have cosines in [0, 1], so for 19 classes the bound lies
 between 2.9350 and 2.9539 whatever happens (the log's `feat` is the sum of source and target, `out` varies twice as much): its
-value says nothing, and the log shows f.mu_y (own) and max_{k != y} f.mu_k (other) of the confident target pixels as well. The loss is an almost linear pull of weight 1/tau. And the covariance adds
-at most 5e-5: with the authors' tau, "distribution-aware" is numerically almost the same as "centroid-aware"
-(--no-covariance). To see what the distribution adds, take tau between 0.1 and 1.
+value says nothing. Watch instead, for the confident target pixels, `own_feat` and `own_out` (f.mu_y) against `other_feat` and
+`other_out` (max_{k != y} f.mu_k). The loss is an almost linear pull of weight 1/tau. And the covariance adds at most 5e-5:
+with the authors' tau, "distribution-aware" is numerically almost the same as "centroid-aware" (--no-covariance). To see what
+the distribution adds, take tau between 0.1 and 1.
 
 The algorithm                                                                          paper's notion -> function
 -------------                                                                          --------------------------
@@ -67,7 +68,7 @@ The algorithm                                                                   
                                                                                        lovasz_softmax
 2. One pass over the clean source: class statistics at both levels, SDCA-10.           collect_statistics, ClassStatistics
 3. Contrastive adaptation on batches of source and target images:                      main
-     source labels on the grid by nearest neighbour, target labels by SDCA-13          grid_labels, online_labels
+     source labels on the grid by nearest neighbour, target labels by SDCA-13          common.grid_labels, online_labels
      statistics first, with the batch's source pixels                                  pool_batch
      then the bound at both levels, SDCA-4 to -9                                       contrastive_bound
 4. One round of pseudo-labels for the target train images, SDCA-14.                    label_target, class_thresholds,
@@ -91,10 +92,10 @@ Deviations: authors' code / here
     and not 0 / --horizon = MAX / STOP reproduces that in steps 3 and 5 on real data; the toy decays to zero (--horizon 1).
     The rate rises over the first --ramp steps.
  7. Batch norm. Frozen in stages 1 to 3, without epsilon, live and synchronised in SSL / frozen everywhere, with epsilon. On
-    the toy live: step 2 uses the source model's own running statistics (the source's), every batch of step 3 is normalised
-    by itself, and re-estimation on the target (common.adapt_batch_norm) comes only before labelling and evaluation.
+    the toy live: step 2 uses the source model's own running statistics (the source's), in step 3 each domain's batch is
+    normalised by its own statistics, and re-estimation on the target (common.adapt_batch_norm) comes only before labelling and evaluation.
  8. SSL start. ImageNet weights / the same on real data; on the toy the adapted model, because there the network would start
-    from random weights and 80 steps are hopeless. One round [C], though the authors describe rounds as usual [A].
+    from random weights and 80 steps are hopeless. One round [C], though the authors describe rounds as usual [T].
  9. Pseudo-labels. Thresholds at 512x1024, labels at 1024x2048, all confidences kept in memory (about 19 GB) / both at
     --size; a histogram of 16,384 bins per class, summed over processes. theta is the lower edge of the median's bin, so it
     is too low by less than 2^-14, never too high.
@@ -215,7 +216,7 @@ def cosines(features, labels, mean):
     valid = labels != common.IGNORE
     y = torch.where(valid, labels, 0)[:, None]  # (n, 1)
     other = similarity.scatter(1, y, -1.0).amax(1)  # (n,)
-    return tuple(common.average(common.masked_mean(values, valid)) for values in (similarity.gather(1, y)[:, 0], other))
+    return tuple(common.masked_mean(values, valid) for values in (similarity.gather(1, y)[:, 0], other))
 
 
 def lovasz_softmax(prob, label):
@@ -239,11 +240,6 @@ def lovasz_softmax(prob, label):
     cost = torch.where(truth, 1 / U.clamp(min=1), I / (U * (U - 1)).clamp(min=1))  # Delta_i - Delta_{i-1}
     # SDCA-1: a class that does not occur has cost 0 everywhere
     return (errors.gather(1, order) * cost).sum() / (total > 0).sum().clamp(min=1)
-
-
-def grid_labels(label, size):
-    """(N, H, W) -> (N, h, w) by nearest neighbour: at stride 8 the top left pixel of each cell, as in the authors' code."""
-    return F.interpolate(label[:, None].float(), size=size, mode="nearest")[:, 0].long()
 
 
 def online_labels(logits, delta):
@@ -286,30 +282,31 @@ def pseudo_labels(prob, thresholds):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power
+    return base * (1 - step / steps) ** power  # SRC-2
 
 
 def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    fused = next(model.parameters()).is_cuda  # all weights in one kernel
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -353,7 +350,9 @@ def source_loss(logits, label, lambda_lov):
     """SDCA-1: cross-entropy and Lovasz-softmax of stride-8 logits (N, C, h, w) at the size of the labels (N, H, W)."""
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     loss = segmentation_loss(logits, label)
-    return loss + lambda_lov * lovasz_softmax(logits.softmax(1), label) if lambda_lov > 0 else loss
+    if lambda_lov > 0:
+        loss = loss + lambda_lov * lovasz_softmax(logits.softmax(1), label)
+    return loss  # SDCA-1
 
 
 def representations(maps, args):
@@ -381,7 +380,7 @@ def collect_statistics(model, statistics, args, run):
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             features, logits = model(image)  # (N, D, h, w), (N, C, h, w)
-        y = grid_labels(label, logits.shape[2:]).flatten()  # (n,)
+        y = common.grid_labels(label, logits.shape[2:]).flatten()  # (n,)
         for level, maps in (("feat", features), ("out", logits)):
             if level in statistics:
                 statistics[level].update(representations(maps, args), y)
@@ -391,7 +390,6 @@ def collect_statistics(model, statistics, args, run):
         run.log("statistics", level=level, pixels=count.sum().item(), classes=(count > 0).sum().item())
 
 
-@torch.no_grad()
 def label_target(model, args, folder):
     """Step 4: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
@@ -438,8 +436,7 @@ def train_ssl(model, args, run, labels):
 
 def adaptation_lr(base, step, steps, args):
     """Learning rate of step 1 .. steps: the ramp, then poly over `horizon` times the steps (authors: MAX / STOP)."""
-    ramp = min(1.0, step / max(args.ramp, 1))  # the optimizer's first statistics must not throw the network about
-    return ramp * poly_lr(base, step - 1, args.horizon * steps, args.power)
+    return common.ramp(step, args) * poly_lr(base, step - 1, args.horizon * steps, args.power)
 
 
 def parse_args():
@@ -450,7 +447,7 @@ def parse_args():
     add("--horizon", type=float, metavar="X", default=common.by_source(1.0, 1.5625),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
     add("--tau", type=float, default=100.0, help="temperature [C]; below 1 the covariance counts")
-    add("--delta", type=float, default=0.9, help="confidence above which a target pixel takes part in the adaptation [C]")
+    add("--delta", type=float, default=0.9, help="confidence from which on a target pixel takes part in the adaptation [C]")
     add("--lambda-lov", type=float, default=0.75, help="weight of Lovasz-softmax on source, also in the warm-up [C]")
     add("--lambda-feat", type=float, default=1.0, help="weight of the bound on features, 0 for none [C]")
     add("--lambda-out", type=float, default=1.0, help="weight of the bound on logits, 0 for none [C]")
@@ -512,9 +509,9 @@ def main():
         losses = {"sup": source_loss(logits_s, y_s, args.lambda_lov)}  # SDCA-1
         loss = losses["sup"]
 
-        y_s = grid_labels(y_s, logits_s.shape[2:]).flatten()  # (n,)
+        y_s = common.grid_labels(y_s, logits_s.shape[2:]).flatten()  # (n,)
         y_t = online_labels(logits_t, args.delta)  # (N, h, w), SDCA-13
-        y_t = torch.where(grid_labels(padding, y_t.shape[1:]) == 0, y_t, common.IGNORE).flatten()  # (n,)
+        y_t = torch.where(common.grid_labels(padding, y_t.shape[1:]) == 0, y_t, common.IGNORE).flatten()  # (n,)
         losses["kept"] = (y_t != common.IGNORE).float().mean()
         for level, maps_s, maps_t in (("feat", features_s, features_t), ("out", logits_s, logits_t)):
             if level in weights:

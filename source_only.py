@@ -9,22 +9,22 @@ The algorithm, which the other files repeat as their warm-up:
 
 1. Build DeepLabV2 on an ImageNet backbone (the toy world starts from random weights).
 2. Draw a batch: randomly scaled, cropped, flipped and colour-jittered source images with their labels.
-3. Learning rate by the poly schedule, ten times larger in the new classifier than in the backbone.
+3. Learning rate by the poly schedule; the classifier's is --head-lr times the backbone's (10, in the toy world 1).
 4. Forward; logits upsampled bilinearly to the labels' size; cross-entropy over the pixels not labelled 255.
-5. Backward, SGD step; now and then a line in the log and a checkpoint.
+5. Backward, a step of SGD (toy: AdamW); now and then a line in the log and a checkpoint.
 6. Evaluate the *last* checkpoint on the target's validation split: one confusion matrix, labels at full resolution.
 
 equation                                                       function
 SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   V: pixels with y_i != 255
-SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr
+SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr             t: steps done, T: --iterations, lr_0: --lr
 
-The recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly 0.9, head
+On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly 0.9, head
 x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of any paper is
 claimed for them.
 
 The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics re-estimated on
 unlabelled target images. That is already a known adaptation, and methods whose batch norm is live while they train on
-target images get it for free, so it stands in every comparison. (With --freeze-bn and a VGG16 there is no such column.)
+target images get it for free, so it stands in every comparison. (A VGG16 has no batch norm, hence no such column.)
 
     python source_only.py                                       # toy world, no data, a CPU will do
     python source_only.py --oracle
@@ -39,30 +39,31 @@ import common
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of stride-8 logits (N, C, h, w) against labels (N, H, W), mean over the pixels that are not 255.
+    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power
+    return base * (1 - step / steps) ** power  # SRC-2
 
 
 def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
+    fused = next(model.parameters()).is_cuda  # all weights in one kernel
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -105,7 +106,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=int, metavar="T", default=common.by_source(500, 60000), help="training steps")
+    add("--iterations", type=common.positive_int, metavar="T", default=common.by_source(500, 60000), help="training steps")
     add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)

@@ -369,7 +369,7 @@ def sdca_step(model, x_s, y_s, x_t, y_t, precision):
         with common.autocast(x_s.device, precision):
             maps_s, maps_t = model(x_s), model(x_t)
         loss = sdca.source_loss(maps_s[1], y_s, 0.75)
-        grid_s = sdca.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
+        grid_s = common.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
         grid_t = sdca.online_labels(maps_t[1], 0.0).flatten()
         for level in (0, 1):
             r_s, r_t = (sdca.representations(maps[level], args) for maps in (maps_s, maps_t))
@@ -384,7 +384,7 @@ def sdca_step(model, x_s, y_s, x_t, y_t, precision):
 
 def drsl_step(model, x_s, y_s, x_t, y_t, precision):
     head = drsl.ModeHead(model.feature_dim, len(model.classifier[0].bias)).to(x_s.device)
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, alpha=0.5, sigma=0.3, posterior="soft")
+    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, alpha=0.5, sigma=0.3, posterior="soft", w_m=1.0, w_c=1.0)
     optimizer = drsl.make_optimizer_with_modes(model, head, args)
 
     def step():
@@ -404,7 +404,7 @@ def drsl_step(model, x_s, y_s, x_t, y_t, precision):
     return step
 
 
-def steps(device, precision, backbone, size, batch, C=19):
+def steps(device, precision, backbone, size, batch, C=19, rounds=15):
     """Milliseconds of one step of plain self-training and of every method; batch norm is frozen."""
     images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
     labels = [torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
@@ -419,10 +419,10 @@ def steps(device, precision, backbone, size, batch, C=19):
     for function in functions:
         function()
     # They take turns, so that whatever else disturbs the machine disturbs all of them.
-    rounds = [[measure_once(function, device) for function in functions] for _ in range(15)]
-    for title, results in zip(forms, zip(*rounds)):
+    times = [[measure_once(function, device) for function in functions] for _ in range(rounds)]
+    for title, results in zip(forms, zip(*times)):
         taken = statistics.median(ms for ms, _ in results)
-        ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, rounds))
+        ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, times))
         memory = "" if results[0][1] is None else f"   {results[-1][1]:.2f} GiB"
         print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}  {title:24} {taken:8.1f} ms   "
               f"{ratio:.2f} x plain{memory}", flush=True)

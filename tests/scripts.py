@@ -18,7 +18,8 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
-os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", OMP_NUM_THREADS="2")  # inherited by every run
+os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # inherited by every run
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2"])
 
@@ -48,9 +49,9 @@ def texts(folder):
     return [(Path(folder) / name).read_text() for name in (".stdout", ".stderr")]
 
 
-def run(folder, script, *arguments, ok=True):
+def run(folder, script, *arguments, ok=True, **environment):
     """Standard output of a run that must succeed; the last line of standard error of one that must not."""
-    process = start(folder, script, *arguments)
+    process = start(folder, script, *arguments, **environment)
     process.join()
     output, errors = texts(folder)
     if ok:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scripts import run, texts
 from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
 
 import common
@@ -407,9 +408,11 @@ def test_miou_degenerate_cases():
     ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
     ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
     ("53.6 23.7 75.0 12.5 0.3 36.4 23.5 26.3 84.8 74.7 67.2 17.5 84.5 28.4 15.2 55.8", 42.46, 48.48),
+    ("83.6 39.6 79.3 3.6 0.9 25.3 14.1 26.1 79.4 76.5 51.0 18.1 75.7 22.5 12.0 32.1", 39.99, 46.92),
+    ("82.9 43.1 78.1 9.3 0.6 28.2 9.1 14.4 77.0 83.5 58.1 25.9 71.9 38.0 29.4 31.2", 42.54, 49.43),
 ])
 def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
-    """A confusion matrix with the published IoUs (MLSL, CRST, CBST) must give their published means."""
+    """A confusion matrix with the published IoUs (MLSL, CRST, CBST, LSE with VGG16 and ResNet-101) must give their means."""
     metric = MeanIoU(16)
     iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
     metric.iou = lambda: iou
@@ -418,6 +421,21 @@ def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirte
     rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
     assert result["rare"] == pytest.approx(sum(rare) / 8)
     assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
+
+
+@pytest.mark.parametrize("row, nineteen", [
+    ("86.0 26.0 76.7 33.1 13.2 21.8 30.1 16.5 78.8 25.8 74.7 50.6 18.7 81.8 22.5 30.5 12.3 16.9 25.4", 39.02),
+    ("90.2 40.0 83.5 31.9 26.4 32.6 38.7 37.5 81.0 34.2 84.6 61.6 33.4 82.5 32.8 45.9 6.7 29.1 30.6", 47.54)])
+def test_mean_over_19_is_that_of_a_published_table(row, nineteen):
+    metric = MeanIoU(19)
+    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
+    metric.iou = lambda: iou
+    metric.confusion += 1
+    result = common.scores(metric, CLASSES)
+    assert result["miou"] == pytest.approx(nineteen, abs=0.01) and "miou13" not in result
+    zero = [CLASSES.index(name) for name in ("terrain", "truck", "train")]  # a network that knows 16 classes, scored over 19
+    metric.iou = lambda: torch.tensor([0.0 if i in zero else 0.4256 for i in range(19)], dtype=torch.float64)
+    assert metric.mean() * 19 / 16 == pytest.approx(0.4256)
 
 
 def test_absent_classes_do_not_dilute_the_mean():
@@ -508,6 +526,46 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run had taken it over
     assert (run.folder / "last.pt").read_bytes() == before
     assert sorted(os.listdir(run.folder)) == ["args.json", "last.pt"]
+
+
+def test_not_finite_stops_with_step_and_terms(tmp_path):
+    run = common.Run("drsl", argparse.Namespace(out=str(tmp_path / "run"), device="cpu", precision="fp32", resume=False, seed=0,
+                                                log_every=2, save_every=100))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run.save("last.pt", {"model": {"weight": torch.ones(3)}})
+    before = (run.folder / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\)"):
+        run.watch("adapt", 3, 9, loss=torch.tensor(1.0), ce_t=torch.tensor(math.nan))
+    with pytest.raises(InputError, match="last.pt: weights are not finite"):
+        run.save("last.pt", {"model": {"weight": torch.tensor([1.0, math.inf])}})
+    assert (run.folder / "last.pt").read_bytes() == before
+
+
+def test_versions_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "commit none" in common.versions()
+
+
+def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="--batch-size 3"):
+        common.Batches([], 3, 0)
+
+
+def test_looking_at_data(tmp_path):
+    out = run(tmp_path, "common.py", "--toy-images", 8, "--picture", "look/toy.png")
+    assert "source train: 8 images" in out and "building" in out and (tmp_path / "look/toy.png").exists()
+    write_synthia(tmp_path)
+    write_cityscapes(tmp_path)
+    look = ["common.py", "--source", "synthia", "--data-root", tmp_path, "--samples", 0]
+    out = run(tmp_path, *look)
+    assert "source train: 4 images, 4 labels; 4 read" in out and "target train: 6 images, no labels" in out
+    torn = tmp_path / "RAND_CITYSCAPES/RGB/0000001.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    (tmp_path / "preview.png").unlink()
+    assert "0000001.png" in run(tmp_path, *look, ok=False)
+    out = texts(tmp_path)[0]
+    assert "1 of 4 broken, the first: " in out and "3 source and 4 target scenes" in out and (tmp_path / "preview.png").exists()
 
 
 def test_a_checkpoint_cannot_execute_code(tmp_path):

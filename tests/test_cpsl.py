@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import signal
+import sys
 
 import pytest
 import torch
@@ -505,7 +506,7 @@ def test_padding_of_unlabelled_images_is_known():
         image, mask = augment(torch.zeros(3, 80, 80, dtype=torch.uint8), None)
     assert mask.shape == (80, 80) and (mask == 255).sum() == 3 * (mask == 0).sum() == 80 * 80 * 3 / 4
     assert (image[:, mask == 255] > 0).all() and (image[:, mask == 0] == 0).all()
-    assert cpsl.on_grid(mask[None] == 0, (10, 10)).sum() == pytest.approx(25, abs=11)
+    assert (common.grid_labels(mask[None], (10, 10)) == 0).sum() == pytest.approx(25, abs=11)
 
 
 # ------------------------------------------------------- does it work? -------------------------------------------------------

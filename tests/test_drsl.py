@@ -351,6 +351,11 @@ def test_alignment_ignores_void_and_unshared_pixels():  # P-S4
         assert value == with_void == unshared
     swapped = both(e_t, e_s, form="centroid").item()
     assert swapped == pytest.approx(both(e_s, e_t, form="centroid").item())
+    g, means = torch.Generator().manual_seed(4), []
+    for one, other in ((e_s, e_t), (e_t, e_s), (e_s.flip(0), e_t.roll(2, 0))):  # domains swapped, pixels in another order
+        draws = torch.stack([both(one, other, generator=g) for _ in range(2000)])
+        means.append((draws.mean().item(), draws.std().item() / 2000**0.5))
+    assert all(mean == pytest.approx(means[0][0], abs=4 * (means[0][1] + error)) for mean, error in means)
 
 
 def test_alignment_gradient():  # P-S5
@@ -525,7 +530,7 @@ def test_mode_losses_regularize_the_shared_network():
     """Their gradient reaches the backbone through the head; only the representatives are spared weight decay."""
     model, head = common.DeepLabV2(5, "resnet18"), ModeHead(512, 5, modes=2, embedding=8)
     e, y = balanced_pixels(head(model(torch.randn(2, 3, 32, 64))[0]), torch.randint(0, 5, (2, 32, 64)), 32, torch.rand(2, 4, 8))
-    args = argparse.Namespace(alpha=0.5, sigma=0.3, posterior="soft", optimizer="sgd", head_lr=10.0)
+    args = argparse.Namespace(alpha=0.5, sigma=0.3, posterior="soft", w_m=1.0, w_c=1.0, optimizer="sgd", head_lr=10.0)
     drsl.mode_loss(head.squared_distances(e), y, args).backward()
     assert model.backbone[0].weight.grad.abs().sum() > 0 and head.representatives.grad.abs().sum() > 0
     assert all(branch.weight.grad is None for branch in model.classifier)
@@ -622,9 +627,9 @@ def test_ctrl_c_and_resume(tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("flags", [
     ["--lambda-mm", 0, "--lambda-sma", 0, "--precision", "bf16"],
-    ["--lambda-sma", 0, "--assignment", "stochastic", "--posterior", "max", "--sigma", 0.5, "--modes", 1],
+    ["--lambda-sma", 0, "--assignment", "stochastic", "--posterior", "max", "--sigma", 0.5, "--modes", 1, "--w-m", 0],
     ["--lambda-mm", 0, "--alignment", "triplet", "--head-iterations", 0, "--joint-iterations", 0],
-    ["--alignment", "centroid", "--stop-gradient", "--freeze-bn"],
+    ["--alignment", "centroid", "--stop-gradient", "--freeze-bn", "--mode-start", "random"],
 ])
 def test_every_alternative_runs(tmp_path, start, flags):
     run(tmp_path, "drsl.py", *FEW, "--iterations", 2, "--init", start, *flags, "--out", "run")

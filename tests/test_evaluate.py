@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import PROJECT, TINY, run
+from scripts import PROJECT, TINY, result, run
 from trees import write_cityscapes
 
 import common
@@ -43,6 +43,17 @@ def test_table_json_and_panel(toy):
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
     assert table["a/last"]["iou"] == pytest.approx(written["iou"], nan_ok=True)  # the number of the run itself
+
+
+def test_other_worlds_and_splits(toy, tmp_path):
+    """A checkpoint remembers its world; the train split is scored with labels that training never opened."""
+    run(tmp_path, "source_only.py", *TINY, "--toy-world", 1, "--iterations", 2, "--out", "w")
+    for split in ("val", "train"):
+        run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--precision", "fp32", "--split", split, "--flip", "--json", f"{split}.json")
+    run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--json", "plain.json")
+    tables = {name: json.loads((tmp_path / f"{name}.json").read_text())["w/last"] for name in ("val", "train", "plain")}
+    assert tables["plain"]["iou"] == result(tmp_path / "w")["columns"]["source only"]["iou"]
+    assert tables["train"]["iou"] != tables["val"]["iou"] != tables["plain"]["iou"]
 
 
 def test_scales_and_flip_change_the_numbers_a_little(toy):

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import signal
+import sys
 
 import pytest
 import torch

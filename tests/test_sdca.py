@@ -7,6 +7,7 @@ are loops, closed forms, quadrature or hand values in float64.
 import argparse
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
 import sdca
-from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contrastive_bound, cosines, grid_labels,
+from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contrastive_bound, cosines,
                   lovasz_softmax, online_labels, pseudo_labels, source_loss)
 
 C, D = 19, 32
@@ -463,7 +464,7 @@ def test_source_loss():  # SDCA-1
 
 def test_grid_takes_the_top_left_pixel_of_each_cell():  # P12
     label = torch.randint(0, 256, (1, 720, 1280), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(grid_labels(label, (90, 160)), label[:, ::8, ::8])
+    assert torch.equal(common.grid_labels(label, (90, 160)), label[:, ::8, ::8])
 
 
 def test_online_labels():  # P10

@@ -89,7 +89,9 @@ def write_cityscapes(root, splits=("train", "val"), count=3, size=(64, 128), see
 
 
 STREETS = Path(__file__).parent.parent.parent / "shared/data/streets"  # real photographs, not part of the project
-needs_streets = pytest.mark.skipif(not STREETS.exists(), reason="needs the photographs in ../shared/data/streets")
+WEIGHTS = STREETS.parent.parent / "weights/resnet18_partial.pth"
+needs_streets = pytest.mark.skipif(not (STREETS.exists() and WEIGHTS.exists()),
+                                   reason="needs ../shared/data/streets and ../shared/weights")
 
 
 def link_streets(root, count=12):
