@@ -165,7 +165,7 @@ def image_confidence(prob):
 
 def image_uncertainty(prob):
     """u (C,), the mean normalised entropy of the pixels predicted as each class, of which LSE-9 picks; NaN without any."""
-    y = prob.argmax(0)  # (H, W)
+    y = prob.max(0).indices  # (H, W); on a CPU much faster than argmax
     return class_means(normalised_entropy(pixel_entropy(prob), y), y, len(prob))
 
 
@@ -230,7 +230,7 @@ def transfer_labels(prob, keep, size, mask_mode="nearest"):
 
     mask_mode: "nearest" keeps the share of kept pixels, "dilate" keeps what any kept pixel reaches bilinearly.
     """
-    label = enlarge(prob, size).argmax(0)  # (H, W): enlarge first, then decide
+    label = enlarge(prob, size).max(0).indices  # (H, W): enlarge first, then decide
     keep = keep[None].to(prob.dtype)  # (1, h, w)
     keep = enlarge(keep, size) if mask_mode == "dilate" else F.interpolate(keep[None], size=size, mode="nearest")[0]
     return torch.where(keep[0] > 0, label, common.IGNORE)
@@ -411,7 +411,7 @@ def label_target(model, args, folder, r):
     def labelled():
         """Name, transferred label and, in the toy world, true label of every patch of this process's images."""
         for i, item, prob in predictions(model, torch.utils.data.Subset(dataset, selected.tolist()), args):
-            entropy, label = pixel_entropy(prob), prob.argmax(0)  # (H, W)
+            entropy, label = pixel_entropy(prob), prob.max(0).indices  # (H, W)
             keep = keep_confident(normalised_entropy(entropy, label), label, thresholds)
             for _, n, y, x in patches[i * args.patches:(i + 1) * args.patches]:
                 patch = {"name": [f"{item['name']}_{n}"]}

@@ -231,7 +231,9 @@ def lovasz_softmax(prob, label):
     y = label.flatten()  # (n,)
     truth = y == torch.arange(C, device=y.device)[:, None]  # (C, n)
     errors = torch.where(y != common.IGNORE, (truth.to(p) - p).abs(), 0)  # ignored pixels come last and cost nothing
-    order = errors.detach().view(torch.int32).argsort(1, descending=True)  # floats >= 0 sort like their bits, integers sort faster
+    # Floats of zero and more sort like the integers of the same bits, and integers sort faster.
+    bits = errors.detach().view(torch.int64 if errors.dtype == torch.float64 else torch.int32)
+    order = bits.argsort(1, descending=True)
     truth = truth.gather(1, order)
     i = torch.arange(1, len(y) + 1, dtype=torch.int32, device=y.device)  # (n,)
     total = truth.sum(1, keepdim=True, dtype=torch.int32)  # (C, 1)
