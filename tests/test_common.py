@@ -472,8 +472,14 @@ def test_evaluation_at_the_labels_own_resolution():
 
 
 def test_predictions_average_scales_and_mirror_images():
-    model, image = Constant(), torch.rand(2, 3, 16, 32) * 2
+    image = 2 * torch.rand(2, 3, 2, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def model(images):  # sees more on the right
+        value = F.avg_pool2d(images[:, :1], 8) + torch.linspace(0, 1, images.shape[3] // 8)
+        return value, torch.cat([-(value - c).square() for c in range(3)], 1)
+
     one = common.predict(model, image, (16, 32))
+    assert (one - common.predict(model, image.flip(3), (16, 32)).flip(3)).abs().max() > 0.1
     torch.testing.assert_close(one.sum(1), torch.ones(2, 16, 32))
     mirrored = common.predict(model, image.flip(3), (16, 32)).flip(3)
     torch.testing.assert_close(common.predict(model, image, (16, 32), flip=True), (one + mirrored) / 2)
