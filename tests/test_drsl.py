@@ -662,7 +662,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, start):
     assert "gone.pt" in run(tmp_path, "drsl.py", *FEW, "--init", "gone.pt", ok=False)
 
 
-@pytest.mark.parametrize("form", ["pairwise", "triplet", "centroid"])
+@pytest.mark.parametrize("form", ["pairwise", "triplet"])
 def test_two_processes_share_one_run(tmp_path, start, form):
     """They draw the pixels that one process would draw, and partners of a mode are found across them."""
     arguments = [*FEW, *SPLITTABLE, "--init", start, "--rounds", 1, "--lr", 0.02, "--ramp", 0, "--alignment", form,
