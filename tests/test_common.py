@@ -290,7 +290,7 @@ def test_network_shapes(backbone, dim):
 
 def test_all_four_branches_are_summed_and_learn():
     model = DeepLabV2(5, "resnet18")
-    features, logits = model(torch.randn(2, 3, 64, 64))
+    features, logits = model(torch.randn(1, 3, 32, 512))  # a grid 64 wide, on which every dilation reaches something
     expected = sum(F.conv2d(features, b.weight, b.bias, padding=d, dilation=d) for b, d in zip(model.classifier, (6, 12, 18, 24)))
     torch.testing.assert_close(logits, expected)
     logits.square().sum().backward()
@@ -502,6 +502,11 @@ def test_defaults_depend_on_the_source_and_are_printed():
     for wrong in ("80", "x", "80x", "0x5", "-1x5", "axb"):
         with pytest.raises(argparse.ArgumentTypeError):
             common.height_width(wrong)
+
+
+def test_ramp():
+    assert [common.ramp(step, argparse.Namespace(ramp=4)) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert common.ramp(1, argparse.Namespace(ramp=0)) == 1.0
 
 
 def test_files_are_written_atomically(tmp_path):
