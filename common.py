@@ -1405,8 +1405,9 @@ def write_atomically(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); an earlier file of this name is intact") from error
+        reason, free = str(error).splitlines()[0], shutil.disk_usage(path.parent).free / 2**30
+        raise InputError(f"{path}: cannot be written, with {free:.1f} GB free there ({reason}); "
+                         f"an earlier file of this name is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
