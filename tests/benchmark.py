@@ -12,6 +12,7 @@ import copy
 import functools
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -211,17 +212,23 @@ def statistics_form(textbook, device="cpu"):
     return lambda: sdca.ClassStatistics(C, features.shape[1]).update(features, labels)
 
 
+def peak_resident():
+    """Peak resident bytes of this process. On Linux not ru_maxrss, which begins with what the parent process held."""
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) if status.exists() else common.peak_memory()
+
+
 def measure_alone(textbook, queue):
     """For a process of its own: milliseconds (the faster of two calls) and peak GiB that the calls add to the process."""
     function = statistics_form(textbook)
     if Path("/proc/self/clear_refs").exists():  # Linux: the peak starts anew from what is in use now
         Path("/proc/self/clear_refs").write_text("5")
-    before, times = common.peak_memory(), []
+    before, times = peak_resident(), []
     for _ in range(2):
         started = time.perf_counter()
         function()
         times.append(1000 * (time.perf_counter() - started))
-    queue.put((min(times), (common.peak_memory() - before) / 2**30))
+    queue.put((min(times), (peak_resident() - before) / 2**30))
 
 
 def sdca_equations(device):

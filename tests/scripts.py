@@ -32,6 +32,8 @@ def execute(folder, arguments, environment):
     """What the new process does: standard output and error go to files, then the script runs as the main program."""
     os.chdir(folder)
     os.environ.update(environment)
+    if "RANK" in environment:
+        torch.set_num_threads(1)  # as torchrun does
     for stream, name in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     sys.argv, sys.path[0] = arguments, str(PROJECT)
