@@ -638,6 +638,12 @@ def test_every_alternative_runs(tmp_path, start, flags):
     assert ("sma" in lines[-1]) != plain and (tmp_path / "run/modes.pt").exists() != plain
 
 
+def test_alignment_moves_both_domains_unless_asked_otherwise(tmp_path, start):
+    for name, flags in (("both", []), ("target", ["--stop-gradient"])):
+        run(tmp_path, "drsl.py", *FEW, "--init", start, "--rounds", 1, "--iterations", 2, "--lambda-sma", 1, *flags, "--out", name)
+    assert not same_weights(tmp_path / "both/last.pt", tmp_path / "target/last.pt")
+
+
 def test_real_formats_from_start_to_end(tmp_path):
     write_synthia(tmp_path)
     write_gta5(tmp_path)
