@@ -963,6 +963,13 @@ def predict(model, images, size, precision="fp32", scales=(1.0,), flip=False):
     return total / (len(scales) * (1 + flip))
 
 
+def predictions(model, dataset, args, flip=False):
+    """Every batch of this process's share of a data set, its image on the device, with its probabilities (N, C, H, W)."""
+    for batch in evaluation_loader(dataset, args):
+        image = batch["image"] = batch["image"].to(args.device, memory_format=torch.channels_last)
+        yield batch, predict(model, image, image.shape[2:], args.precision, flip=flip)
+
+
 def evaluate(model, loader, num_classes, device, precision="fp32", scales=(1.0,), flip=False, visit=None):
     """MeanIoU of a model over a loader, at the labels' own resolution. `visit(names, pred)` sees every prediction."""
     was_training = model.training
@@ -1149,7 +1156,7 @@ def shared_parser(doc, adapts=False):
     add("--freeze-bn", action=argparse.BooleanOptionalAction, default=by_source(False, True),
         help="train with frozen batch-norm statistics and affine parameters")
     add("--seed", type=natural_number, default=0, metavar="N", help="of weights, data order and augmentation")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", type=available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
     add("--workers", type=int, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
     add("--log-every", type=positive_int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
@@ -1173,8 +1180,6 @@ def parse(parser, argv=None):
     for key, value in vars(args).items():
         if isinstance(value, BySource):
             setattr(args, key, value[args.source])
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here; expected --device cpu")
     return args
 
 
@@ -1198,6 +1203,13 @@ def natural_number(text):
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of zero or more")
     return int(text)
+
+
+def available_device(text):
+    """argparse type: "cuda" only where torch finds a GPU."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here, expected cpu")
+    return text
 
 
 def default_precision():
@@ -1398,8 +1410,9 @@ def last_seconds(path):
 def write_atomically(path, write):
     """Calls write(temporary path) and renames the file to `path`: whoever is killed leaves the old file whole.
 
-    InputError where the disk is full, which torch.save reports as a RuntimeError, or the folder cannot be written to.
+    Its folder is made where it is missing. InputError where the disk is full, which torch.save reports as a RuntimeError.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

@@ -349,14 +349,14 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power  # SRC-2
+    return base * (1 - step / steps) ** power
 
 
 def make_optimizer(model, args):
@@ -490,13 +490,9 @@ def label_target(model, args, folder):
 
     Returns what the log shows, see common.write_pseudo_labels.
     """
-    def labelled():
-        for batch in common.evaluation_loader(common.target_dataset(args, "train", labelled=args.source == "toy"), args):
-            image = batch["image"].to(args.device, memory_format=torch.channels_last)
-            prob = common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, K, H, W)
-            yield batch, confident_labels(prob, args.confidence)  # (N, H, W)
-
-    return common.write_pseudo_labels(folder, labelled(), args)
+    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
+    labelled = ((batch, confident_labels(prob, args.confidence)) for batch, prob in common.predictions(model, dataset, args, flip=True))
+    return common.write_pseudo_labels(folder, labelled, args)
 
 
 def distill(teacher, source, args, run, stage, file):

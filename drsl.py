@@ -314,14 +314,14 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power  # SRC-2
+    return base * (1 - step / steps) ** power
 
 
 def make_optimizer(model, args):
@@ -452,21 +452,16 @@ def label_target(model, args, folder, portion):
     model.eval()
     classes = common.task_classes(args.source)
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-
-    def probabilities(images):
-        for batch in common.evaluation_loader(images, args):
-            image = batch["image"].to(args.device, memory_format=torch.channels_last)
-            yield batch, common.predict(model, image, image.shape[2:], args.precision, flip=True)  # (N, C, H, W)
-
     confidence, label = [], []
-    for _, prob in probabilities(torch.utils.data.Subset(dataset, range(0, len(dataset), 4))):
+    some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
+    for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
         best, index = prob[:, :, ::8, ::8].max(1)  # (N, H / 8, W / 8): enough for a quantile
         confidence.append(best.flatten())
         label.append(index.flatten().byte())
     confidence, label = common.all_gather(torch.cat(confidence)), common.all_gather(torch.cat(label))
     thresholds = class_thresholds(confidence, label, len(classes), portion)  # (C,)
 
-    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in probabilities(dataset))
+    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in common.predictions(model, dataset, args, flip=True))
     return {"portion": portion, **common.write_pseudo_labels(folder, labelled, args)}
 
 

@@ -108,7 +108,7 @@ def parse_args():
     add("--panel", metavar="FILE.png", help="draw image | truth | one column per checkpoint")
     add("--export", type=Path, metavar="DIR", help="write the predictions as PNGs")
     add("--json", metavar="FILE", help="write the table as JSON")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", type=common.available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=common.default_precision(), help="of the network")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
     args = parser.parse_args()
@@ -122,8 +122,6 @@ def main():
     if args.summary:
         print(summary(args.summary))
         return
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise common.InputError("--device cuda: torch finds no GPU here; expected --device cpu")
     checkpoints = [common.read_checkpoint(path) for path in args.checkpoints]
     networks = [common.unpack_model(checkpoint, path) for checkpoint, path in zip(checkpoints, args.checkpoints)]
     tasks = []
@@ -145,7 +143,6 @@ def main():
         columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
     print(common.score_table(columns))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         common.write_atomically(Path(args.json), lambda path: path.write_text(json.dumps(columns, indent=1)))
     if args.panel:
         common.comparison_panel(args.panel, models, tasks[0], args.split)

@@ -271,14 +271,14 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power  # SRC-2
+    return base * (1 - step / steps) ** power
 
 
 def make_optimizer(model, args):
@@ -360,9 +360,8 @@ class Patches(torch.utils.data.Dataset):
 def predictions(model, dataset, args):
     """Number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
     number = common.rank()
-    for batch in common.evaluation_loader(dataset, args):
-        batch["image"] = batch["image"].to(args.device, memory_format=torch.channels_last)
-        for i, prob in enumerate(common.predict(model, batch["image"], args.size, args.precision)):
+    for batch, probabilities in common.predictions(model, dataset, args):
+        for i, prob in enumerate(probabilities):
             yield number, {key: values[i] for key, values in batch.items()}, prob
             number += common.world_size()
 
@@ -400,7 +399,6 @@ def label_target(model, args, folder, r):
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 6, r))  # the same in all processes
     windows = random_windows(len(selected), args.patches, size, args.scale, generator).tolist()
     patches = [[index, n, y, x] for index, corners in zip(selected.tolist(), windows) for n, (y, x) in enumerate(corners)]
-    folder.mkdir(parents=True, exist_ok=True)
     if common.rank() == 0:
         state = {"portion": portion, "thresholds": thresholds.tolist(), "references": reference.tolist(), "patches": patches}
         common.write_atomically(folder / "round.json", lambda path: path.write_text(json.dumps(state)))

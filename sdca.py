@@ -290,14 +290,14 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power  # SRC-2
+    return base * (1 - step / steps) ** power
 
 
 def make_optimizer(model, args):
@@ -400,16 +400,10 @@ def label_target(model, args, folder):
     """
     model.eval()
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-
-    def probabilities():
-        for batch in common.evaluation_loader(dataset, args):
-            image = batch["image"].to(args.device, memory_format=torch.channels_last)
-            yield batch, common.predict(model, image, image.shape[2:], args.precision)  # (N, C, H, W)
-
-    histogram = sum(confidence_histogram(prob) for _, prob in probabilities())
+    histogram = sum(confidence_histogram(prob) for _, prob in common.predictions(model, dataset, args))
     thresholds = class_thresholds(common.all_sum(histogram), args.theta)
 
-    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in probabilities())
+    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in common.predictions(model, dataset, args))
     return {"theta_low": thresholds.min().item(), "theta_high": thresholds.max().item(),
             **common.write_pseudo_labels(folder, labelled, args)}
 

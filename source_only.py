@@ -47,14 +47,14 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")  # SRC-1
+    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
     valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
     return total / valid.clamp(min=1 / common.world_size())
 
 
 def poly_lr(base, step, steps, power):
     """The poly schedule: base * (1 - step / steps) ** power."""
-    return base * (1 - step / steps) ** power  # SRC-2
+    return base * (1 - step / steps) ** power
 
 
 def make_optimizer(model, args):

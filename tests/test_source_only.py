@@ -119,6 +119,9 @@ def test_bad_input_is_one_line(tmp_path):
     assert "--crop 64x64" in run(tmp_path, "source_only.py", *TINY, "--crop", "64x64", "--out", "b", ok=False)
     for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--size", "64"]):
         assert flags[0] in run(tmp_path, "source_only.py", *TINY, *flags, "--out", "d", ok=False)
+    if not torch.cuda.is_available():
+        for script in ("source_only.py", "evaluate.py"):
+            assert "--device" in run(tmp_path, script, *TINY[2:4], "--device", "cuda", ok=False)
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "tensor.pt" in run(tmp_path, "drsl.py", *TINY, "--init", "tensor.pt", "--out", "e", ok=False)
     message = run(tmp_path, "source_only.py", *TINY, "--backbone-weights", "imagenet", "--out", "f", ok=False, TORCH_HOME=str(tmp_path))
