@@ -1145,7 +1145,7 @@ def shared_parser(doc, adapts=False):
         help="size to which source images are resized; --size, where only that is given")
     add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
         help="random crop on which the network is trained; --size, where only that is given")
-    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=[1.0, 1.5],
+    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; below 1 pictures may be smaller than the crop and are padded")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
@@ -1353,7 +1353,7 @@ class Run:
         values: numbers or scalar tensors; logged is their mean over all processes. On a GPU they are read only when they are
         logged or about to be saved, because reading them makes the processor wait for the GPU.
         """
-        logged = step % self.args.log_every == 0 or step == steps
+        logged = self.time_to_log(step, steps)
         if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
             return
         values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
@@ -1373,6 +1373,10 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
+
+    def time_to_log(self, step, steps):
+        """Whether `watch` writes a line after this step: every `log_every` steps and at the end."""
+        return step % self.args.log_every == 0 or step == steps
 
     def time_to_save(self, step, steps):
         """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""

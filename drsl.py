@@ -176,7 +176,8 @@ def assign_modes(d2, labels):
 def draw_modes(d2, labels, sigma, generator=None):
     """DRSL-8, stochastic: mode index (n,) drawn from q_k = p_yk / sum_k' p_yk' inside the pixel's own class."""
     q = (-own_class(d2, labels) / (2 * sigma**2)).softmax(1)  # (n, K)
-    return torch.multinomial(q, 1, generator=generator)[:, 0] if len(q) else labels
+    u = torch.rand(len(q), 1, generator=generator, device=q.device)
+    return (q.cumsum(1)[:, :-1] <= u).sum(1)  # mode k owns the k-th stretch of [0, 1)
 
 
 def own_class(d2, labels):
@@ -185,62 +186,69 @@ def own_class(d2, labels):
     return d2.detach()[torch.arange(len(d2), device=d2.device), y]
 
 
+def mode_groups(labels, modes, shape):
+    """Number (n,) of each pixel's (class, mode) among the C K = J of `shape` = (C, K), J where ignored, and pixels (J,) of each.
+
+    Every shape is known beforehand, here and in the alignment, so that no step waits for the GPU to count something.
+    """
+    J = shape[0] * shape[1]
+    group = torch.where(labels == common.IGNORE, J, labels * shape[1] + modes)
+    return group, torch.zeros(J + 1, dtype=torch.int64, device=group.device).index_add(0, group, torch.ones_like(group))[:J]
+
+
 def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, form="pairwise", alpha=0.5,
-                              generator=None):
+                              generator=None, shape=None):
     """DRSL-9: distance between source and target pixels of the same (class, mode), mean over the modes both domains have.
 
     e (n, E), labels (n,), modes (n,). form: "pairwise" (DRSL-9A), "triplet" (DRSL-9C, uses alpha) or "centroid" (DRSL-9D);
     in the first two `pairs` pixels per mode and domain are drawn with replacement. Exactly 0 if no mode is shared.
+    shape: (C, K); if not given it is read from labels and modes.
     """
-    keep_s, keep_t = labels_s != common.IGNORE, labels_t != common.IGNORE
-    nothing = 0 * (e_s.sum() + e_t.sum())
-    if not (keep_s.any() and keep_t.any()):
-        return nothing
-    K = 1 + max(modes_s[keep_s].max().item(), modes_t[keep_t].max().item())
-    g_s, g_t = labels_s[keep_s] * K + modes_s[keep_s], labels_t[keep_t] * K + modes_t[keep_t]  # group of a pixel
-    e_s, e_t = e_s[keep_s], e_t[keep_t]
-    J = 1 + max(g_s.max().item(), g_t.max().item())
-    n_s, n_t = torch.bincount(g_s, minlength=J), torch.bincount(g_t, minlength=J)  # (J,)
-    A = ((n_s > 0) & (n_t > 0)).nonzero()[:, 0]  # shared groups
-    if len(A) == 0:
-        return nothing
+    if len(e_s) == 0 or len(e_t) == 0:
+        return 0 * (e_s.sum() + e_t.sum())
+    if shape is None:
+        valid = torch.cat([labels_s, labels_t]) != common.IGNORE
+        shape = [1 + torch.where(valid, torch.cat(both), 0).max().item() for both in ((labels_s, labels_t), (modes_s, modes_t))]
+    (g_s, n_s), (g_t, n_t) = mode_groups(labels_s, modes_s, shape), mode_groups(labels_t, modes_t, shape)  # (n,), (J,)
+    A = (n_s > 0) & (n_t > 0)  # (J,)
 
-    if form == "centroid":  # DRSL-9D
-        mu_s = e_s.new_zeros(J, e_s.shape[1]).index_add(0, g_s, e_s)[A] / n_s[A, None]  # (|A|, E)
-        mu_t = e_t.new_zeros(J, e_t.shape[1]).index_add(0, g_t, e_t)[A] / n_t[A, None]
-        return (mu_s - mu_t).square().sum(1).mean()
+    if form == "centroid":
+        sum_s = e_s.new_zeros(len(A) + 1, e_s.shape[1]).index_add(0, g_s, e_s)[:-1]  # (J, E)
+        sum_t = e_t.new_zeros(len(A) + 1, e_t.shape[1]).index_add(0, g_t, e_t)[:-1]
+        difference = sum_s / n_s.clamp(min=1)[:, None] - sum_t / n_t.clamp(min=1)[:, None]
+        # DRSL-9D
+        return common.masked_mean(difference.square().sum(1), A)
 
     def draw(first, count):
-        """(|A|, M) random positions first .. first + count - 1, one row per shared group."""
+        """(J, M) random positions first .. first + count - 1, one row per mode; without meaning where count is 0."""
         u = torch.rand(len(A), pairs, generator=generator, device=e_s.device)
-        return first[:, None] + (u * count[:, None]).long().clamp(max=count[:, None] - 1)
+        return first[:, None] + (u * count[:, None]).long()
 
-    # Sorted by group, the pixels of one group (and of one class) stand in one run.
-    order_s, order_t = g_s.argsort(), g_t.argsort()
+    # Sorted by mode, the pixels of one mode (and of one class) stand in one run.
+    order_s, order_t = g_s.argsort(stable=True), g_t.argsort(stable=True)
     start_s, start_t = n_s.cumsum(0) - n_s, n_t.cumsum(0) - n_t
-    a, b = order_s[draw(start_s[A], n_s[A])], order_t[draw(start_t[A], n_t[A])]  # (|A|, M)
-    positive = (e_s[a] - e_t[b]).square().sum(2)  # (|A|, M, E) -> (|A|, M)
+    a = order_s[draw(start_s, n_s).clamp(max=len(g_s) - 1)]  # (J, M)
+    b = order_t[draw(start_t, n_t).clamp(max=len(g_t) - 1)]
+    positive = (e_s[a] - e_t[b]).square().sum(2)  # (J, M, E) -> (J, M)
     if form == "pairwise":
         # DRSL-9A
-        return positive.mean()
+        return common.masked_mean(positive.mean(1), A)
 
-    # DRSL-9C: a source pixel of another class = any position outside the run of the own class
-    per_class = torch.bincount(g_s // K, minlength=J // K + 1)
-    first, own = (per_class.cumsum(0) - per_class)[A // K], per_class[A // K]  # (|A|,)
-    others = len(g_s) - own
-    position = draw(torch.zeros_like(others), others.clamp(min=1))
+    # A source pixel of another class is one at any position outside the run of the own class.
+    first = start_s.view(shape)[:, :1].expand(shape).flatten()  # (J,)
+    own = n_s.view(shape).sum(1, keepdim=True).expand(shape).flatten()
+    others = n_s.sum() - own
+    position = draw(torch.zeros_like(others), others)
     position = torch.where(position >= first[:, None], position + own[:, None], position).clamp(max=len(g_s) - 1)
-    negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (|A|, M)
-    loss = F.relu(positive - negative + alpha).mean(1)  # (|A|,)
-    return common.masked_mean(loss, others > 0)
+    negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (J, M)
+    # DRSL-9C
+    return common.masked_mean(F.relu(positive - negative + alpha).mean(1), A & (others > 0))
 
 
 def count_shared_modes(labels_s, modes_s, labels_t, modes_t, shape):
-    """|A| of DRSL-9: in how many (class, mode) of shape (C, K) lie both source and target pixels; none labelled 255."""
-    seen_s, seen_t = torch.zeros(2, *shape, dtype=torch.bool, device=labels_s.device)
-    seen_s[labels_s, modes_s] = True
-    seen_t[labels_t, modes_t] = True
-    return (seen_s & seen_t).sum()
+    """|A| of DRSL-9: in how many (class, mode) of `shape` = (C, K) lie both source and target pixels."""
+    (_, n_s), (_, n_t) = mode_groups(labels_s, modes_s, shape), mode_groups(labels_t, modes_t, shape)
+    return ((n_s > 0) & (n_t > 0)).sum()
 
 
 def class_thresholds(confidence, label, num_classes, portion):
@@ -286,22 +294,21 @@ def kmeans_modes(e, labels, representatives, iterations=10):
     return R
 
 
-def balanced_pixels(maps, label, limit, u):
-    """At most `limit` random valid pixels per class and image, so that road and building do not dominate [U].
+def balanced_labels(label, size, limit, u):
+    """At most `limit` random labels per class and image, so that road and building do not dominate; the others become 255 [U].
 
-    maps (N, E, h, w), label (N, H, W), brought to the grid by nearest neighbour -> embeddings (n, E), labels (n,).
-    u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are taken.
+    label (N, H, W) is brought to the grid `size` = (h, w) by nearest neighbour -> (N, h, w).
+    u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are kept.
     """
-    N = len(label)
-    label = common.grid_labels(label, maps.shape[2:])  # (N, h, w)
-    image = torch.arange(N, device=label.device).view(N, 1, 1)
-    group = torch.where(label == common.IGNORE, 256 * N, image * 256 + label).flatten()  # ignored pixels come last
+    label = common.grid_labels(label, size)  # (N, h, w)
+    image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
+    group = (256 * image + label).flatten()
     order = u.flatten().argsort()
     order = order[group[order].argsort(stable=True)]  # shuffled, then sorted by group
     group = group[order]
     place = torch.arange(len(group), device=label.device) - torch.searchsorted(group, group)  # inside its own group
-    pick = order[(place < limit) & (group < 256 * N)]  # (n,)
-    return common.as_pixels(maps)[pick], label.flatten()[pick]
+    place = torch.empty_like(place).scatter(0, order, place).view_as(label)  # back to the pixels
+    return torch.where(place < limit, label, common.IGNORE)
 
 
 # =================================================== the training ===================================================
@@ -314,9 +321,8 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
-    return total / valid.clamp(min=1 / common.world_size())
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
+    return common.masked_mean(loss, label != common.IGNORE)
 
 
 def poly_lr(base, step, steps, power):
@@ -374,13 +380,13 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 
 def batch_pixels(e, label, args, generator):
-    """Embeddings (n, E) and labels (n,) of balanced_pixels from the images of all processes.
+    """Embeddings e (N, E, h, w) as pixels (n, E) and their balanced labels (n,), from the images of all processes.
 
     So every process computes the mode losses and the alignment of the whole batch, as a single one would: they are small, and
     partners of a mode may lie in different processes.
     """
-    e, y = balanced_pixels(e, label, args.pixels, common.draw(e[:, 0].shape, generator))
-    return common.all_gather(e), common.all_gather(y)
+    y = balanced_labels(label, e.shape[2:], args.pixels, common.draw(e[:, 0].shape, generator))  # (N, h, w)
+    return common.all_gather(common.as_pixels(e)), common.all_gather(y.flatten())
 
 
 def mode_loss(d2, labels, args):
@@ -437,9 +443,9 @@ def place_modes(model, head, args, images=400, per_class=2000):
         with common.autocast(args.device, args.precision):
             e = head(model(image)[0])  # (N, E, h, w)
         u = torch.rand(e[:, 0].shape, generator=common.generator(args, 3, len(es)), device=e.device)  # (N, h, w)
-        e, y = balanced_pixels(e, label, share, u)  # (n, E), (n,)
-        es.append(e)
-        labels.append(y)
+        y = balanced_labels(label, e.shape[2:], share, u).flatten()  # (n,)
+        es.append(common.as_pixels(e)[y != common.IGNORE])
+        labels.append(y[y != common.IGNORE])
     head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
     common.broadcast(head.representatives)  # one set of modes for all processes
 
@@ -566,9 +572,10 @@ def main():
                     m_s, m_t = assign_modes(d2_s, y_s), assign_modes(d2_t, y_t)
                 else:
                     m_s, m_t = draw_modes(d2_s, y_s, args.sigma, generator), draw_modes(d2_t, y_t, args.sigma, generator)
-                losses["shared"] = count_shared_modes(y_s, m_s, y_t, m_t, d2_s.shape[1:])  # |A|: without partners L_sma is 0
+                if run.time_to_log(done, args.iterations):
+                    losses["shared"] = count_shared_modes(y_s, m_s, y_t, m_t, d2_s.shape[1:])  # |A|: without partners L_sma is 0
                 losses["sma"] = stochastic_mode_alignment(e_s.detach() if args.stop_gradient else e_s, y_s, m_s, e_t, y_t, m_t,
-                                                          args.pairs, args.alignment, args.alpha, generator)  # DRSL-9
+                                                          args.pairs, args.alignment, args.alpha, generator, d2_s.shape[1:])  # DRSL-9
                 loss = loss + args.lambda_mm * (losses["mm_s"] + losses["mm_t"]) + args.lambda_sma * losses["sma"]  # DRSL-10
 
             descend(loss, optimizer, model, head)

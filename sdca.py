@@ -290,9 +290,8 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
-    return total / valid.clamp(min=1 / common.world_size())
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
+    return common.masked_mean(loss, label != common.IGNORE)
 
 
 def poly_lr(base, step, steps, power):
@@ -517,7 +516,8 @@ def main():
                 mean, variance = statistics[level].mean, (statistics[level].variance if args.covariance else None)
                 losses[level] = sum(contrastive_bound(r, y, mean, variance, args.tau, not args.raw_statistics)
                                     for r, y in ((r_s, y_s), (r_t, y_t)))  # SDCA-7, SDCA-8
-                losses[f"own_{level}"], losses[f"other_{level}"] = cosines(r_t, y_t, mean)
+                if run.time_to_log(done, args.iterations):
+                    losses[f"own_{level}"], losses[f"other_{level}"] = cosines(r_t, y_t, mean)
                 loss = loss + weights[level] * losses[level]  # SDCA-9
 
         descend(loss, optimizer, model)

@@ -47,9 +47,8 @@ def segmentation_loss(logits, label):
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    total = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    valid = common.average((label != common.IGNORE).sum().float())  # so that a split batch has the whole batch's mean
-    return total / valid.clamp(min=1 / common.world_size())
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
+    return common.masked_mean(loss, label != common.IGNORE)
 
 
 def poly_lr(base, step, steps, power):

@@ -147,7 +147,7 @@ def drsl_equations(device):
     R = F.normalize(head.representatives, dim=2)
     report("DRSL distances, forward and backward", lambda: head.squared_distances(e).sum().backward(),
            lambda: squared_distances_textbook(e, R.detach().requires_grad_()).sum().backward(), device)
-    report("DRSL-9A alignment, forward and backward", lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t).backward(),
+    report("DRSL-9A alignment, forward and backward", lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
            lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
     confidence, label = torch.rand(2_000_000, device=device), torch.randint(C, (2_000_000,), device=device)
     report("DRSL-14 thresholds of 2 million pixels", lambda: drsl.class_thresholds(confidence, label, C, 0.3),
@@ -383,7 +383,6 @@ def sdca_step(model, x_s, y_s, x_t, y_t, precision):
             sdca.pool_batch(known[level], r_s, grid_s)
             for r, y in ((r_s, grid_s), (r_t, grid_t)):
                 loss = loss + sdca.contrastive_bound(r, y, known[level].mean, known[level].variance)
-            sdca.cosines(r_t, grid_t, known[level].mean)
         sdca.descend(loss, optimizer, model)
 
     return step
@@ -401,11 +400,12 @@ def drsl_step(model, x_s, y_s, x_t, y_t, precision):
         for maps, label in ((features_s, y_s), (features_t, y_t)):
             with common.autocast(x_s.device, precision):
                 e = head(maps)
-            e, y = drsl.balanced_pixels(e, label, 256, torch.rand(e[:, 0].shape, device=e.device))
+            y = drsl.balanced_labels(label, e.shape[2:], 256, torch.rand(e[:, 0].shape, device=e.device)).flatten()
+            e = common.as_pixels(e)
             d2 = head.squared_distances(e)
             loss = loss + 0.1 * drsl.mode_loss(d2, y, args)
             sides += [e, y, drsl.assign_modes(d2, y)]
-        loss = loss + 0.1 * drsl.stochastic_mode_alignment(*sides)
+        loss = loss + 0.1 * drsl.stochastic_mode_alignment(*sides, shape=d2.shape[1:])
         drsl.descend(loss, optimizer, model, head)
 
     return step

@@ -17,7 +17,7 @@ from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
 import drsl
-from drsl import (ModeHead, assign_modes, balanced_pixels, class_thresholds, draw_modes, kmeans_modes, margin_loss,
+from drsl import (ModeHead, assign_modes, balanced_labels, class_thresholds, draw_modes, kmeans_modes, margin_loss,
                   mode_cross_entropy, pseudo_labels, segmentation_loss, stochastic_mode_alignment)
 
 C, K, E = 19, 3, 256
@@ -343,11 +343,12 @@ def test_alignment_ignores_void_and_unshared_pixels():  # P-S4
     e_s, e_t, far = unit(6, 8), unit(6, 8, seed=1), 100 * unit(3, 8, seed=2)
     zero, void = torch.zeros(6, dtype=torch.long), torch.full((3,), 255)
     for form in ("pairwise", "centroid"):
-        value = both(e_s, e_t, form=form, generator=torch.Generator().manual_seed(3)).item()
+        shape = (5, 1)  # what is drawn depends on it
+        value = both(e_s, e_t, form=form, generator=torch.Generator().manual_seed(3), shape=shape).item()
         with_void = both(torch.cat([e_s, far]), e_t, torch.cat([zero, void]), torch.cat([zero, void * 0]), form=form,
-                         generator=torch.Generator().manual_seed(3)).item()
+                         generator=torch.Generator().manual_seed(3), shape=shape).item()
         unshared = both(torch.cat([e_s, far]), e_t, torch.cat([zero, void * 0 + 4]), torch.cat([zero, void * 0]), form=form,
-                        generator=torch.Generator().manual_seed(3)).item()
+                        generator=torch.Generator().manual_seed(3), shape=shape).item()
         assert value == with_void == unshared
     swapped = both(e_t, e_s, form="centroid").item()
     assert swapped == pytest.approx(both(e_s, e_t, form="centroid").item())
@@ -356,6 +357,43 @@ def test_alignment_ignores_void_and_unshared_pixels():  # P-S4
         draws = torch.stack([both(one, other, generator=g) for _ in range(2000)])
         means.append((draws.mean().item(), draws.std().item() / 2000**0.5))
     assert all(mean == pytest.approx(means[0][0], abs=4 * (means[0][1] + error)) for mean, error in means)
+
+
+@pytest.mark.parametrize("form", ["pairwise", "triplet", "centroid"])
+def test_alignment_against_a_loop(form):
+    """Every group by itself, the drawn pixels looked up in lists; the shape given or read from the labels, the same."""
+    classes, modes, pairs = 4, 2, 8
+    e_s, e_t, y_s, y_t = unit(60, 8), unit(50, 8, seed=1), labels(60, classes=classes), labels(50, seed=2, classes=classes)
+    m_s, m_t = labels(60, seed=3, classes=modes), labels(50, seed=4, classes=modes)
+    y_s[::5], y_t[::6] = 255, 255
+    y_s[y_s == 1] = 0  # nobody in class 1 on the source side
+    value = both(e_s, e_t, y_s, m_s, y_t, m_t, form=form, pairs=pairs, alpha=2.0, generator=torch.Generator().manual_seed(5),
+                 shape=(classes, modes)).item()
+    read = both(e_s, e_t, y_s, m_s, y_t, m_t, form=form, pairs=pairs, alpha=2.0, generator=torch.Generator().manual_seed(5)).item()
+    assert value == read
+    g = torch.Generator().manual_seed(5)
+    u_s, u_t, u_n = (torch.rand(classes * modes, pairs, generator=g).tolist() for _ in range(3))
+    ordered = sorted((i for i in range(60) if y_s[i] != 255), key=lambda i: (y_s[i].item(), m_s[i].item(), i))
+    terms = []
+    for c in range(classes):
+        for k in range(modes):
+            own_s = [i for i in range(60) if y_s[i] == c and m_s[i] == k]
+            own_t = [i for i in range(50) if y_t[i] == c and m_t[i] == k]
+            others = [i for i in ordered if y_s[i] != c]
+            if not own_s or not own_t:
+                continue
+            if form == "centroid":
+                terms.append((e_s[own_s].mean(0) - e_t[own_t].mean(0)).square().sum().item())
+                continue
+            row, each = c * modes + k, []
+            for j in range(pairs):
+                a, b = own_s[int(u_s[row][j] * len(own_s))], own_t[int(u_t[row][j] * len(own_t))]
+                n = others[int(u_n[row][j] * len(others))]
+                positive, negative = ((e_s[i] - e_t[b]).square().sum().item() for i in (a, n))
+                each.append(positive if form == "pairwise" else max(0.0, positive - negative + 2.0))
+            terms.append(sum(each) / pairs)
+    assert len(terms) == 6
+    assert value == pytest.approx(sum(terms) / len(terms))
 
 
 def test_alignment_gradient():  # P-S5
@@ -509,27 +547,29 @@ def test_kmeans_with_fewer_distinct_pixels_than_modes():
 # ------------------------------------------------------ pixel sampling ------------------------------------------------------
 
 
-def test_balanced_pixels():
-    """The map's only channel numbers its positions, so that the picked embeddings tell where they came from."""
+def test_balanced_labels():
     label = torch.tensor([0] * 30 + [1] * 5 + [255] * 5).view(1, 5, 8).repeat(3, 1, 1)
     label[2] = 255
-    maps = torch.arange(3.0 * 40).view(3, 1, 5, 8)
-    e, y = balanced_pixels(maps, label, 7, torch.rand(3, 5, 8))
-    where = e[:, 0].long()
-    assert e.shape == (24, 1) and len(set(where.tolist())) == len(y) == 2 * (7 + 5)
-    assert torch.equal(label.flatten()[where], y)
-    for image in range(2):
-        assert torch.bincount(y[where // 40 == image]).tolist() == [7, 5]
-    assert balanced_pixels(maps[2:], label[2:], 7, torch.rand(1, 5, 8))[0].shape == (0, 1)
-    picks = [balanced_pixels(maps[:1], label[:1], 7, torch.rand(1, 5, 8))[0][:, 0].long() for _ in range(300)]
-    often = torch.stack([torch.bincount(pick, minlength=40) for pick in picks]).float().mean(0)
-    assert often[:30].min() > 0.1 and often[:30].max() < 0.4  # each road pixel about 7 times in 30: no favourites
+    kept = balanced_labels(label, (5, 8), 7, torch.rand(3, 5, 8))
+    assert kept.shape == (3, 5, 8) and ((kept == label) | (kept == 255)).all() and kept[2].eq(255).all()
+    for image in kept[:2]:
+        assert torch.bincount(image[image != 255]).tolist() == [7, 5]
+    assert torch.equal(balanced_labels(label, (5, 8), 40, torch.rand(3, 5, 8)), label)
+    often = torch.stack([balanced_labels(label[:1], (5, 8), 7, torch.rand(1, 5, 8)).flatten()[:30] != 255 for _ in range(300)])
+    often = often.float().mean(0)
+    assert often.min() > 0.1 and often.max() < 0.4  # each road pixel about 7 times in 30: no favourites
+
+
+def test_balanced_labels_keep_the_smallest_random_numbers():
+    label, u = torch.tensor([3, 3, 3, 7, 7, 255]).view(1, 1, 6), torch.tensor([0.5, 0.1, 0.9, 0.8, 0.2, 0.0]).view(1, 1, 6)
+    assert balanced_labels(label, (1, 6), 1, u).flatten().tolist() == [255, 3, 255, 255, 7, 255]
 
 
 def test_mode_losses_regularize_the_shared_network():
     """Their gradient reaches the backbone through the head; only the representatives are spared weight decay."""
     model, head = common.DeepLabV2(5, "resnet18"), ModeHead(512, 5, modes=2, embedding=8)
-    e, y = balanced_pixels(head(model(torch.randn(2, 3, 32, 64))[0]), torch.randint(0, 5, (2, 32, 64)), 32, torch.rand(2, 4, 8))
+    e = common.as_pixels(head(model(torch.randn(2, 3, 32, 64))[0]))
+    y = balanced_labels(torch.randint(0, 5, (2, 32, 64)), (4, 8), 32, torch.rand(2, 4, 8)).flatten()
     args = argparse.Namespace(alpha=0.5, sigma=0.3, posterior="soft", w_m=1.0, w_c=1.0, optimizer="sgd", head_lr=10.0)
     drsl.mode_loss(head.squared_distances(e), y, args).backward()
     assert model.backbone[0].weight.grad.abs().sum() > 0 and head.representatives.grad.abs().sum() > 0
@@ -540,15 +580,14 @@ def test_mode_losses_regularize_the_shared_network():
 
 
 def test_shared_modes_are_counted():
-    y_s, m_s, y_t, m_t = (torch.tensor(v) for v in ([0, 0, 1, 2], [0, 1, 1, 0], [0, 1, 2], [1, 1, 1]))
+    y_s, m_s, y_t, m_t = (torch.tensor(v) for v in ([0, 0, 1, 2, 255], [0, 1, 1, 0, 0], [0, 1, 2, 255], [1, 1, 1, 0]))
     assert drsl.count_shared_modes(y_s, m_s, y_t, m_t, (3, 2)).item() == 2
     assert drsl.count_shared_modes(y_s[:0], m_s[:0], y_t, m_t, (3, 2)).item() == 0
 
 
 def test_labels_reach_the_grid_by_nearest_neighbour():
     label = torch.arange(16 * 24).view(1, 16, 24) % 250
-    e, y = balanced_pixels(torch.arange(6.0).view(1, 1, 2, 3), label, 9, torch.rand(1, 2, 3))
-    assert torch.equal(y, label[0, ::8, ::8].flatten()[e[:, 0].long()])
+    assert torch.equal(balanced_labels(label, (2, 3), 9, torch.rand(1, 2, 3)), label[:, ::8, ::8])
 
 
 # -------------------------------------------------------- the script --------------------------------------------------------
