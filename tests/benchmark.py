@@ -411,15 +411,17 @@ def drsl_step(model, x_s, y_s, x_t, y_t, precision):
     return step
 
 
+STEPS = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
+         "CPSL with consistency": functools.partial(cpsl_step, consistency=True), "SDCA": sdca_step, "DRSL": drsl_step}
+
+
 def steps(device, precision, backbone, size, batch, C=19, rounds=15):
     """Milliseconds of one step of plain self-training and of every method; batch norm is frozen."""
     images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
     labels = [torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
               for _ in range(2)]
-    forms = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
-             "CPSL with consistency": functools.partial(cpsl_step, consistency=True), "SDCA": sdca_step, "DRSL": drsl_step}
     functions = []
-    for form in forms.values():
+    for form in STEPS.values():
         model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
         common.freeze_batch_norm(model)
         functions.append(form(model, images[0], labels[0], images[1], labels[1], precision))
@@ -427,7 +429,7 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
         function()
     # They take turns, so that whatever else disturbs the machine disturbs all of them.
     times = [[measure_once(function, device) for function in functions] for _ in range(rounds)]
-    for title, results in zip(forms, zip(*times)):
+    for title, results in zip(STEPS, zip(*times)):
         taken = statistics.median(ms for ms, _ in results)
         ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, times))
         memory = "" if results[0][1] is None else f"   {results[-1][1]:.2f} GiB"

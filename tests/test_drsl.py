@@ -396,6 +396,18 @@ def test_alignment_against_a_loop(form):
     assert value == pytest.approx(sum(terms) / len(terms))
 
 
+@pytest.mark.parametrize("form", ["pairwise", "triplet", "centroid"])
+def test_alignment_never_reads_a_value(form):
+    """On the device "meta" tensors have no values: what would make a GPU wait for one fails."""
+    e, y = torch.zeros(10, 8, device="meta", requires_grad=True), torch.zeros(10, dtype=torch.int64, device="meta")
+    d2 = torch.zeros(10, C, K, device="meta")
+    m_s, m_t = assign_modes(d2, y), draw_modes(d2, y, 0.3)
+    both(e, e, y, m_s, y, m_t, form=form, shape=(C, K)).backward()
+    assert e.grad.shape == (10, 8) and drsl.count_shared_modes(y, m_s, y, m_t, (C, K)).shape == ()
+    with pytest.raises(RuntimeError):
+        both(e, e, y, m_s, y, m_t, form=form)  # without the shape it has to look
+
+
 def test_alignment_gradient():  # P-S5
     e_s, e_t = unit(5, 8).requires_grad_(), unit(7, 8, seed=1).requires_grad_()
     both(e_s, e_t, pairs=64, generator=torch.Generator().manual_seed(0)).backward()
