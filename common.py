@@ -1167,6 +1167,8 @@ def shared_parser(doc, adapts=False):
         add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
         add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
+        add("--val-every", type=natural_number, default=0, metavar="N",
+            help="steps between two looks at the target's validation score, an oracle that chooses nothing; 0 for none")
     return parser
 
 
@@ -1318,7 +1320,7 @@ class Run:
         torch.manual_seed(args.seed)
         settings = {"method": method, **vars(args)}
         saved = self.folder / "args.json"
-        free = ("resume", "out", "device", "workers", "log_every", "save_every", "data_root")  # may change on resuming
+        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")  # may change on resuming
         if any(self.folder.glob("*.pt")) and not args.resume:
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if args.resume:
@@ -1329,7 +1331,7 @@ class Run:
             changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
             if changed:
                 raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
-            self.seconds_before = last_seconds(self.folder / "log.jsonl")
+            self.seconds_before = self.logged()[-1]["seconds"] if self.logged() else 0.0
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:  # of a run that ended before its first checkpoint
@@ -1374,6 +1376,21 @@ class Run:
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
 
+    def logged(self):
+        """The lines of log.jsonl so far, as dicts, but the half line that a killed run may leave."""
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+    def validate(self, stage, step, steps, model):
+        """Every `val_every` steps the target's validation mIoU in the log, of a copy with re-estimated batch norm.
+
+        It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as what it is, an oracle.
+        """
+        if self.args.val_every and (step % self.args.val_every == 0 or step == steps):
+            copied = copy.deepcopy(model).eval()
+            adapt_batch_norm(copied, self.args)
+            self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
+
     def time_to_log(self, step, steps):
         """Whether `watch` writes a line after this step: every `log_every` steps and at the end."""
         return step % self.args.log_every == 0 or step == steps
@@ -1398,17 +1415,13 @@ class Run:
             peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
             result = {**list(columns.values())[-1], "columns": columns, "seconds": round(self.seconds(), 1),
                       "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
+            looks = [line for line in self.logged() if "val_miou" in line]
+            if looks:
+                best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
+                print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} ({best['stage']} {best['step']})")
             write_atomically(self.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
             print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
                   f"written to {self.folder}", flush=True)
-
-
-def last_seconds(path):
-    """Seconds that the last complete line of a log.jsonl tells, 0 without one (a killed run may leave half a line)."""
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
-        if line.endswith("}"):
-            return json.loads(line)["seconds"]
-    return 0.0
 
 
 def write_atomically(path, write):

@@ -525,6 +525,7 @@ def distill(teacher, source, args, run, stage, file):
         loss = losses["ce_s"] + losses["ce_t"] + args.lambda_kd * losses["kd"]  # CPSL-12
         descend(loss, optimizer, student)
         run.watch(f"stage {stage}", done, steps, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+        run.validate(f"stage {stage}", done, steps, student)
         if run.time_to_save(done, steps):
             run.save(file, common.pack_training(student, optimizer, args, done))
     common.adapt_batch_norm(student, args)
@@ -663,6 +664,7 @@ def main():
             update_average(teacher, model, args.ema)
             update_average(teacher_head, head, args.ema)
         run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+        run.validate("adapt", done, args.iterations, model)
         if run.time_to_save(done, args.iterations):
             run.save(files[0], common.pack_training(model, optimizer, args, done, **parts))
     common.adapt_batch_norm(model, args)

@@ -580,6 +580,7 @@ def main():
 
             descend(loss, optimizer, model, head)
             run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+            run.validate("adapt", done, args.iterations, model)
             if run.time_to_save(done, args.iterations):
                 run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
 

@@ -504,6 +504,7 @@ def main():
                 loss = loss + args.beta * losses["focal"]  # LSE-4
             descend(loss, optimizer, model)
             run.watch("adapt", done, end, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+            run.validate("adapt", done, end, model)
             if run.time_to_save(done, last):
                 run.save("last.pt", common.pack_training(model, optimizer, args, done))
         first = last

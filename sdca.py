@@ -424,6 +424,7 @@ def train_ssl(model, args, run, labels):
         loss = segmentation_loss(logits, label)  # SDCA-11
         descend(loss, optimizer, model)
         run.watch("ssl", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
+        run.validate("ssl", step, steps, model)
         if run.time_to_save(step, steps):
             run.save("last.pt", common.pack_training(model, optimizer, args, step))
     common.adapt_batch_norm(model, args)
@@ -522,6 +523,7 @@ def main():
 
         descend(loss, optimizer, model)
         run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
+        run.validate("adapt", done, args.iterations, model)
         if run.time_to_save(done, args.iterations):
             run.save("sdca.pt", common.pack_training(model, optimizer, args, done, **statistics))
     common.adapt_batch_norm(model, args)

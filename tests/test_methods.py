@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from scripts import PROJECT, TINY, result, run
+from scripts import PROJECT, TINY, result, run, same_weights
 from trees import WEIGHTS, link_streets, needs_streets
 
 import common
@@ -37,7 +37,7 @@ def test_the_same_flags_mean_the_same_everywhere(monkeypatch):
             for option in action.option_strings:
                 flags.setdefault(option, {})[name] = (action.help, str(action.default), action.choices, action.metavar)
     assert sum(len(texts) == len(FILES) for texts in flags.values()) > 20
-    for option in ("--init", "--warmup-iterations", "--warmup-lr", "--ramp", "--power"):
+    for option in ("--init", "--warmup-iterations", "--warmup-lr", "--ramp", "--power", "--val-every"):
         assert list(flags[option]) == METHODS
     own = {"--iterations", "--lr"}  # and what only some papers have, with their own values
     for option, texts in flags.items():
@@ -59,6 +59,24 @@ def test_real_photographs(tmp_path, method, flags):
     run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--device", "cpu", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
     assert table["miou"] == pytest.approx(scores["miou"]) and table["iou"] == scores["iou"]  # evaluate.py reads every method's checkpoint
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("scale_invariant.py", ["--rounds", 2]), ("cpsl.py", ["--bank", 64]), ("sdca.py", ["--ssl-iterations", 2]),
+    ("drsl.py", ["--rounds", 2, "--head-iterations", 1])])
+def test_looking_at_the_validation_score_changes_nothing(tmp_path, method, flags):
+    few = [*TINY, "--warmup-iterations", 2, "--iterations", 4, *flags]
+    run(tmp_path, method, *few, "--out", "blind")
+    printed = run(tmp_path, method, *few, "--out", "looking", "--val-every", 2)
+    assert same_weights(tmp_path / "blind" / "last.pt", tmp_path / "looking" / "last.pt")
+    lines = [json.loads(line) for line in (tmp_path / "looking" / "log.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "val_miou" in line]
+    assert [line["step"] for line in looks if line["stage"] == "adapt oracle"] == ["2/4", "4/4"]
+    scores = result(tmp_path / "looking")
+    assert looks[-1]["val_miou"] == scores["miou"]  # the last step's network is the one that is reported
+    assert scores["best_on_validation"]["val_miou"] == max(line["val_miou"] for line in looks)
+    assert f"oracle, chosen by target labels: best mIoU on the way {max(line['val_miou'] for line in looks):.1f}" in printed
+    assert "best_on_validation" not in result(tmp_path / "blind")
 
 
 # ------------------------------------------------------- learning -------------------------------------------------------
