@@ -1011,8 +1011,7 @@ def compare_with_source_only(models, args, run, source_model=None):
     source_model: that model, where it cannot be rebuilt from the run folder.
     """
     if source_model is None:
-        path = run.folder / "source_only.pt"
-        source_model = unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+        source_model = load_model(run.folder / "source_only.pt", args)
     run.finish({**evaluate_source_only(source_model, args), **{title: evaluate_target(m, args) for title, m in models.items()}})
     comparison_panel(run.folder / "panel.png", {"source only": source_model, **models}, args)
 
@@ -1131,7 +1130,7 @@ def shared_parser(doc, adapts=False):
         help="labelled source; the toy world needs nothing, the others adapt to Cityscapes")
     add("--data-root", metavar="DIR",
         help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
-    add("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator")
+    add("--toy-world", type=natural_number, default=0, metavar="N", help="which world of the toy generator")
     add("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world")
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
@@ -1158,14 +1157,14 @@ def shared_parser(doc, adapts=False):
     add("--seed", type=natural_number, default=0, metavar="N", help="of weights, data order and augmentation")
     add("--device", type=available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
-    add("--workers", type=int, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
+    add("--workers", type=natural_number, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
     add("--log-every", type=positive_int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
     add("--save-every", type=positive_int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
         add("--warmup-iterations", type=positive_int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
         add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
-        add("--ramp", type=int, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
+        add("--ramp", type=natural_number, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
         add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
         add("--val-every", type=natural_number, default=0, metavar="N",
             help="steps between two looks at the target's validation score, an oracle that chooses nothing; 0 for none")
@@ -1409,11 +1408,15 @@ class Run:
         if self.interrupted:
             sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
 
-    def finish(self, columns):
-        """Prints the table of {title: scores} and writes result.json: the last column's scores and all the others."""
+    def finish(self, columns, own=None):
+        """Prints the table of {title: scores}; writes result.json: all columns, and on top those of `own`, what last.pt scores.
+
+        own: the last column if not given.
+        """
+        own = own or list(columns)[-1]
         if rank() == 0:
             peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
-            result = {**list(columns.values())[-1], "columns": columns, "seconds": round(self.seconds(), 1),
+            result = {**columns[own], "own": own, "columns": columns, "seconds": round(self.seconds(), 1),
                       "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
             looks = [line for line in self.logged() if "val_miou" in line]
             if looks:
@@ -1561,6 +1564,11 @@ def unpack_model(checkpoint, path):
     return model
 
 
+def load_model(path, args):
+    """The network of a checkpoint, on the device that computes."""
+    return unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+
+
 def run(main):
     """Calls a script's main(); an InputError or a full disk ends it with one line instead of a traceback."""
     try:
@@ -1617,7 +1625,7 @@ def main():
     parser = argparse.ArgumentParser(description="Look at a source and its target before training on them.")
     parser.add_argument("--source", choices=("toy", "gta5", "synthia"), default="toy", help="which pair")
     parser.add_argument("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
-    parser.add_argument("--toy-world", type=int, default=0, metavar="N", help="which world of the toy generator (default 0)")
+    parser.add_argument("--toy-world", type=natural_number, default=0, metavar="N", help="which world of the toy generator (default 0)")
     parser.add_argument("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world (default 400)")
     parser.add_argument("--samples", type=natural_number, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
     parser.add_argument("--picture", default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")

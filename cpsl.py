@@ -35,6 +35,7 @@ Equations
     CPSL-1   L_src = mean_i -log P_i[y_i] on source                                                                [C]
     CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                    that [P], form [C]
     CPSL-3   RCE   = mean_i -sum_k P_i[k] log clamp(onehot(y_i)[k], 1e-4, 1) = mean_i A (1 - P_i[y_i])             [C]
+             (theirs also lifts P to at least 1e-7, which adds less than 2e-5)
     CPSL-4   L_t   = alpha CE + beta RCE, alpha 0.1, beta 1                                                        [C]
     CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r   that [P], form [C]
     CPSL-6   solved by Sinkhorn-Knopp: Q = exp(S / eps); 3 times: scale row k to sum r_k, then each column to sum 1/B;
@@ -64,9 +65,10 @@ The algorithm                                                                   
      their product as label, CPSL-16, -17                                              SelfLabelingHead, rectify
      source CE and symmetric CE on the target, CPSL-1 to -4                            segmentation_loss,
                                                                                        symmetric_cross_entropy
-     random pixels, their assignment together with the bank's, CPSL-5, -6              pick_pixels, MemoryBank, sinkhorn
+     random pixels, their assignment together with the bank's, CPSL-5, -6              prototype_losses, pick_pixels,
+                                                                                       MemoryBank, assign, sinkhorn
      the prototypes learn from it, CPSL-7, -8                                          self_labeling_loss
-     a strongly distorted view must look like the momentum network's, CPSL-10          strong_view, kl_divergence
+     a distorted view must be seen as the momentum network sees the plain one, CPSL-10 strong_view, kl_divergence
      both momentum copies follow                                                       update_average
 4. --distill N: N times a fresh student learns from the last one, CPSL-12, -13.        label_target, distill
 5. Evaluate the last student: mIoU, that of the rare classes, and the predicted class histogram (`misplaced`).
@@ -98,17 +100,19 @@ Deviations: authors' code (or paper) / here
     sees the target batch's own statistics (frozen batch norm: no difference); there is no dropout.
 12. Warm-up by adversarial training (LSGAN) to 41.4 mIoU / source-only training; the author expects a drop from that.
 13. Prototypes: four passes, image means of classes with at least 10 of 33 153 positions, at most 3000 images / one pass, the
-    same share of the grid, no bound. A class that the warm-up model never predicts has r_k = 0 and a random prototype.
+    same share of the grid, no bound. A class that no image has enough pixels of starts from a random prototype; one that is
+    never predicted has r_k = 0 as well.
 14. Features: 256 signed channels of ProDA's head / the shared DeepLabV2's last layer, after its ReLU. --head proda has the
     authors' head without Dropout2d; it trains its own source-only model, and only this file can rebuild its checkpoints. With
     ResNet-101's 2048 channels the bank takes 0.5 GB, in memory and in every checkpoint, with 256 an eighth of that.
 15. SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps its poly schedule takes a
     root of a negative number; stopped at about 81 000 / the same rates on real data after --ramp steps, though for 2 + 2 images
-    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW, a bank of 4096 pixels and
-    a momentum of 0.99.
+    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW, one rate of 2e-4 for all,
+    64 pixels per image, a bank of 4096 and a momentum of 0.99.
 16. Synchronised batch norm; RGB/255; crops of 896x512 from images 2200 wide, scaled by 0.5 to 1.5, evaluation at 2048x1024 /
     the recipe of all methods here: frozen batch norm, ImageNet mean and deviation, images and evaluation at --size, scaled by
-    1.0 to 1.5, and colour jitter in the weak view too.
+    1.0 to 1.5, and colour jitter in the weak view too. On the toy no scaling and live batch norm: the statistics of every
+    student are re-estimated on target images before it is scored or labels them (common.adapt_batch_norm).
 17. Distillation: SimCLR weights and a batch norm more, the second round starts from the first's student / each round starts
     from --backbone-weights. Labels with confidence above 0.95 of flip-averaged softmax / the same.
 18. The checkpoint that is best on the target's validation labels is reported / the last one.
@@ -454,9 +458,10 @@ def prepare(model, args, run):
             features, logits = warm(image)  # (N, D, h, w), (N, K, h, w)
         label = logits.argmax(1)  # (N, h, w)
         pixels += torch.bincount(label.flatten(), minlength=K)
-        least = max(1, round(10 / 33153 * label[0].numel()))
-        for total, part in zip((sums, images), class_sums(features, label, K, least)):
-            total += part
+        least = max(1, round(10 / 33153 * label[0].numel()))  # 10 of the authors' 129 x 257 positions
+        part, seen = class_sums(features, label, K, least)  # (K, D), (K,)
+        sums += part
+        images += seen
     pixels, sums, images = (common.all_sum(t) for t in (pixels, sums, images))
     marginal = pixels / pixels.sum()
     random = torch.randn(sums.shape, generator=torch.Generator().manual_seed(common.mix_seed(args.seed, 13))).to(sums)
@@ -473,6 +478,25 @@ def assign(scores, past, marginal, args):
     """
     both = torch.cat([past.expand(len(scores), -1, -1), scores], 1)  # (N, M + n, K)
     return sinkhorn(both, marginal, args.epsilon, args.sinkhorn_iterations)[:, len(past):]
+
+
+def prototype_losses(features_e, logits_e, inside, head, bank, logit_bank, marginal, args, step):
+    """CPSL-7 and, with --output-term, CPSL-8: the prototypes learn from the assignment of random pixels, which enter the banks.
+
+    features_e (N, D, h, w), logits_e (N, K, h, w) of the momentum network; inside (N, h, w): not padding.
+    """
+    position = pick_pixels(inside, args.pixels, common.draw(inside.shape, common.generator(args, 7, step)))  # (N, n)
+    z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, n, D)
+    c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
+    q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, n, K)
+    losses = {"sl": self_labeling_loss(z, head.prototypes, q, args.temperature)}  # CPSL-7
+    bank.push(common.all_gather(z.flatten(0, 1)))  # so that all processes keep the same bank
+    if args.output_term:
+        o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, n, K)
+        q = assign(o, logit_bank.usable(), marginal, args)
+        losses["sl_out"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-8
+        logit_bank.push(common.all_gather(o.flatten(0, 1)))
+    return losses
 
 
 def make_optimizer_with_prototypes(model, head, args):
@@ -536,7 +560,7 @@ def distill(teacher, source, args, run, stage, file):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, both = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=int, metavar="T", default=common.by_source(240, 90000), help="steps of self-training [C]")
+    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 90000), help="steps of self-training [C]")
     add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 1e-4), help="its base learning rate [C]")
     add("--head-scale", type=float, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for classifier and prototypes [C]; --head-lr is that of warm-up and distillation")
@@ -545,9 +569,9 @@ def parse_args():
     add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
     add("--temperature", type=float, metavar="T", default=0.08, help="of the cosine softmax [C]")
     add("--epsilon", type=float, default=0.05, help="eps, weight of the entropy in the transport problem [C]")
-    add("--sinkhorn-iterations", type=int, metavar="N", default=3, help="n_it [C]")
+    add("--sinkhorn-iterations", type=common.positive_int, metavar="N", default=3, help="n_it [C]")
     add("--pixels", type=common.positive_int, metavar="N", default=common.by_source(64, 256), help="pixels per image in L_SL [C]")
-    add("--bank", type=int, metavar="N", default=common.by_source(4096, 65536), help="pixels in the memory bank, 0 for none [C]")
+    add("--bank", type=common.natural_number, metavar="N", default=common.by_source(4096, 65536), help="pixels in the memory bank, 0 for none [C]")
     add("--ema", type=float, metavar="X", default=common.by_source(0.99, 0.999), help="momentum of the two copies [C]")
     add("--alpha", type=float, default=0.1, help="weight of CE on the target [C]")
     add("--beta", type=float, default=1.0, help="weight of reverse CE on the target [C]")
@@ -556,8 +580,8 @@ def parse_args():
     add("--lambda-cons", type=float, default=5.0, help="its weight [C]")
     add("--output-term", action="store_true", help="add CPSL-8 [C]")
     add("--cutmix", action="store_true", help="paste source rectangles into half of the target batches [C]")
-    add("--distill", type=int, metavar="N", default=0, help="distillation stages after the self-training [C: 2]")
-    add("--distill-iterations", type=int, metavar="T", default=common.by_source(240, 90000), help="steps of each [C]")
+    add("--distill", type=common.natural_number, metavar="N", default=0, help="distillation stages after the self-training [C: 2]")
+    add("--distill-iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 90000), help="steps of each [C]")
     add("--distill-lr", type=float, metavar="X", default=common.by_source(1e-3, 6e-4), help="their base learning rate [C]")
     add("--confidence", type=float, metavar="X", default=0.95, help="that a label needs in the distillation [C]")
     add("--lambda-kd", type=float, default=1.0, help="weight of the distillation loss [C]")
@@ -636,26 +660,16 @@ def main():
         loss = losses["ce_s"] + losses["sce_t"]
 
         if args.rectify:
-            # The prototypes learn from the assignment of random pixels.
-            grid = common.grid_labels(padding, features_e.shape[2:]) != common.IGNORE  # (N, h, w)
-            position = pick_pixels(grid, args.pixels, common.draw(grid.shape, common.generator(args, 7, done)))  # (N, n)
-            z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, n, D)
-            c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
-            q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, n, K)
-            losses["sl"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-7
-            if args.output_term:
-                o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, n, K)
-                q = assign(o, logit_bank.usable(), marginal, args)
-                losses["sl_out"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-8
-                logit_bank.push(common.all_gather(o.flatten(0, 1)))
-            bank.push(common.all_gather(z.flatten(0, 1)))  # so that all processes keep the same bank
-            loss = loss + args.lambda_sl * (losses["sl"] + losses.get("sl_out", 0))  # CPSL-9, CPSL-11
+            inside = common.grid_labels(padding, features_e.shape[2:]) != common.IGNORE  # (N, h, w)
+            learned = prototype_losses(features_e, logits_e, inside, head, bank, logit_bank, marginal, args, done)
+            losses.update(learned)
+            loss = loss + args.lambda_sl * sum(learned.values())  # CPSL-9, CPSL-11
             if args.consistency:
                 view = strong_view(x_t, args.seed, 8, done)
                 with common.autocast(args.device, args.precision):
                     features_v, _ = model(view)  # (N, D, h, w)
                 cosine_v = teacher_head(features_v)  # (N, K, h, w)
-                losses["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature, grid)  # CPSL-10
+                losses["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature, inside)  # CPSL-10
                 loss = loss + args.lambda_cons * losses["cons"]  # CPSL-11
             losses["changed"] = changed  # share of pixels whose label the rectification changed
 

@@ -29,6 +29,7 @@ Notation
     e_i    embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
     d2_ck  squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
     y_i    ground truth (source) or pseudo-label (target), 255 = ignore    m_i    mode of pixel i inside its class
+    J = C K modes in all    M pairs drawn per mode
     P      softmax of the segmentation head    tau_c  class threshold    p  kept portion    V  pixels with y_i != 255
 
 Equations
@@ -55,7 +56,7 @@ Equations
 
 No gradient flows through m, q and pseudo-labels. DRSL-4, -5, -6 and -9 run over the pixels that choice 4 leaves. Not
 implemented: focal loss (2f), the unscaled maximum (4b), SoftTriple, Magnet and triplet losses in place of 6 (11 to 13),
-gradient clipping, the mining of rare classes, the agreement of several views.
+gradient clipping, the mining of rare classes, the filter that asks both heads to agree on a pseudo-label.
 
 The algorithm                                                                          paper's notion -> function
 -------------                                                                          --------------------------
@@ -75,23 +76,26 @@ The algorithm                                                                   
 Choices where the sources are silent or differ: source / here
 -------------------------------------------------------------
  1. Distance in the margin loss. RepMet prints d, its code uses d^2 / d^2.
- 2. sigma with DRSL-4a. RepMet 0.5 / 0.3, because on the sphere 0.5 cannot get below 0.67 nats (C = 19, K = 3).
+ 2. sigma with DRSL-4a. RepMet 0.5 / 0.3, because with orthogonal modes 0.5 leaves 0.67 nats (C = 19, K = 3) on a pixel that lies
+    exactly on its mode, 0.3 leaves 0.0008.
  3. Resolution of the mode losses. Unknown / stride 8, labels by nearest neighbour.
  4. Class balance of the mode losses and the alignment. Unknown / at most --pixels random pixels per class and image.
  5. K, E, lambdas, M, whether alignment moves both domains. Unknown / 3, 256 (toy 64), 0.1 and 0.1, 64, yes; all flags.
     What "stochastic" means in stochastic mode alignment. Unknown / random pixel pairs; random modes are a flag.
  6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
     pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
- 7. Optimizer. CRST: SGD at a constant rate, a fresh one every round / one for all rounds, poly decay (--power 0 for none),
-    no clipping of gradients, and the rate rises over the first --ramp steps, because the first steps of a fresh AdamW move
-    every weight by the full rate. Neither was measured by itself.
+ 7. Optimizer. CRST: SGD at a constant rate, a fresh one every round / one for all rounds, poly decay (--power 0 for none), a
+    rate that rises over the first --ramp steps, because the first steps of a fresh AdamW move every weight by the full rate, no
+    clipping of gradients. None of these was measured by itself.
  8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
-    own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm).
+    own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm). The
+    head's warm-up and k-means see features under the source model's running statistics.
  9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
 10. Background score. RepMet has one for detection / none: void pixels are ignored.
 11. Images in an SMA step, dead modes. Unknown / the --batch-size images of each domain, no memory bank; modes are not
     seeded again. The log's `shared` is |A|: how many of the C K modes had partners in the step.
-12. Learning rate of the mode head. Unknown / ten times the backbone's.
+12. Learning rate of the mode head. Unknown / ten times the backbone's, whatever --head-lr says.
+13. Augmentation. CRST: scale 0.5 to 1.5, crop, flip / scale 1 to 1.5, crop, flip, colour jitter; on the toy no scaling.
 
 Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 40.2, with re-estimated batch
 norm 50.3, DRSL 53.2 mIoU (plain self-training 53.3); 5 minutes from nothing, 1.2 GB.
@@ -157,7 +161,8 @@ def mode_cross_entropy(d2, labels, sigma, posterior="soft", s=15.0):
 def margin_loss(d2, labels, alpha):
     """DRSL-6: the nearest own mode must be nearer than the nearest mode of any other class, by alpha (squared distance).
 
-    d2 (n, C, K), labels (n,), 255 ignored. Only the two nearest modes get a gradient: that lets modes specialise.
+    d2 (n, C, K), labels (n,), 255 ignored. Only the nearest own and the nearest foreign mode get a gradient:
+    that lets modes specialise.
     """
     nearest = d2.min(2).values  # (n, C)
     valid = labels != common.IGNORE
@@ -174,7 +179,10 @@ def assign_modes(d2, labels):
 
 
 def draw_modes(d2, labels, sigma, generator=None):
-    """DRSL-8, stochastic: mode index (n,) drawn from q_k = p_yk / sum_k' p_yk' inside the pixel's own class."""
+    """DRSL-8, stochastic: mode index (n,) drawn from q_k = p_yk / sum_k' p_yk' inside the pixel's own class.
+
+    Without meaning where labels are 255.
+    """
     q = (-own_class(d2, labels) / (2 * sigma**2)).softmax(1)  # (n, K)
     u = torch.rand(len(q), 1, generator=generator, device=q.device)
     return (q.cumsum(1)[:, :-1] <= u).sum(1)  # mode k owns the k-th stretch of [0, 1)
@@ -187,13 +195,14 @@ def own_class(d2, labels):
 
 
 def mode_groups(labels, modes, shape):
-    """Number (n,) of each pixel's (class, mode) among the C K = J of `shape` = (C, K), J where ignored, and pixels (J,) of each.
+    """The pixels by class and mode, of which there are J = C K: group (n,) = c K + k, J where ignored, and sizes (J,).
 
-    Every shape is known beforehand, here and in the alignment, so that no step waits for the GPU to count something.
+    shape: (C, K). No shape depends on values, here and in the alignment, so that a step need not wait for the GPU to count.
     """
     J = shape[0] * shape[1]
-    group = torch.where(labels == common.IGNORE, J, labels * shape[1] + modes)
-    return group, torch.zeros(J + 1, dtype=torch.int64, device=group.device).index_add(0, group, torch.ones_like(group))[:J]
+    group = torch.where(labels == common.IGNORE, J, labels * shape[1] + modes)  # (n,)
+    sizes = torch.zeros(J + 1, dtype=torch.int64, device=group.device).index_add(0, group, torch.ones_like(group))
+    return group, sizes[:J]
 
 
 def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, form="pairwise", alpha=0.5,
@@ -201,8 +210,9 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
     """DRSL-9: distance between source and target pixels of the same (class, mode), mean over the modes both domains have.
 
     e (n, E), labels (n,), modes (n,). form: "pairwise" (DRSL-9A), "triplet" (DRSL-9C, uses alpha) or "centroid" (DRSL-9D);
-    in the first two `pairs` pixels per mode and domain are drawn with replacement. Exactly 0 if no mode is shared.
-    shape: (C, K); if not given it is read from labels and modes.
+    in the first two `pairs` pixels per mode and domain are drawn with replacement. Exactly 0 if no mode is shared. The triplet's
+    negatives are source pixels of all other classes; a mode without any does not count.
+    shape: (C, K), read from labels and modes if not given; what a generator draws depends on it.
     """
     if len(e_s) == 0 or len(e_t) == 0:
         return 0 * (e_s.sum() + e_t.sum())
@@ -215,6 +225,7 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
     if form == "centroid":
         sum_s = e_s.new_zeros(len(A) + 1, e_s.shape[1]).index_add(0, g_s, e_s)[:-1]  # (J, E)
         sum_t = e_t.new_zeros(len(A) + 1, e_t.shape[1]).index_add(0, g_t, e_t)[:-1]
+        # (J, E)
         difference = sum_s / n_s.clamp(min=1)[:, None] - sum_t / n_t.clamp(min=1)[:, None]
         # DRSL-9D
         return common.masked_mean(difference.square().sum(1), A)
@@ -235,11 +246,11 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
         return common.masked_mean(positive.mean(1), A)
 
     # A source pixel of another class is one at any position outside the run of the own class.
-    first = start_s.view(shape)[:, :1].expand(shape).flatten()  # (J,)
-    own = n_s.view(shape).sum(1, keepdim=True).expand(shape).flatten()
-    others = n_s.sum() - own
-    position = draw(torch.zeros_like(others), others)
-    position = torch.where(position >= first[:, None], position + own[:, None], position).clamp(max=len(g_s) - 1)
+    class_start = start_s.view(shape)[:, :1].expand(shape).flatten()[:, None]  # (J, 1)
+    class_size = n_s.view(shape).sum(1, keepdim=True).expand(shape).flatten()  # (J,)
+    others = n_s.sum() - class_size  # (J,)
+    position = draw(torch.zeros_like(others), others)  # (J, M)
+    position = torch.where(position >= class_start, position + class_size[:, None], position).clamp(max=len(g_s) - 1)
     negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (J, M)
     # DRSL-9C
     return common.masked_mean(F.relu(positive - negative + alpha).mean(1), A & (others > 0))
@@ -288,8 +299,8 @@ def kmeans_modes(e, labels, representatives, iterations=10):
             centres = torch.cat([centres, x[(x @ centres.T).amax(1).argmin()][None]])
         for _ in range(iterations):
             nearest = F.one_hot((x @ centres.T).argmax(1), K).to(x)  # (n_c, K)
-            means = nearest.T @ x  # (K, E); an empty mode keeps its centre
-            centres = torch.where(nearest.sum(0)[:, None] > 0, F.normalize(means, dim=1), centres)
+            sums = nearest.T @ x  # (K, E), the directions of the means
+            centres = torch.where(nearest.sum(0)[:, None] > 0, F.normalize(sums, dim=1), centres)  # an empty mode stays
         R[c] = centres
     return R
 
@@ -303,8 +314,7 @@ def balanced_labels(label, size, limit, u):
     label = common.grid_labels(label, size)  # (N, h, w)
     image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
     group = (256 * image + label).flatten()
-    order = u.flatten().argsort()
-    order = order[group[order].argsort(stable=True)]  # shuffled, then sorted by group
+    order = (group + u.flatten().double()).argsort()  # by group and, because u is below 1, by u inside it
     group = group[order]
     place = torch.arange(len(group), device=label.device) - torch.searchsorted(group, group)  # inside its own group
     place = torch.empty_like(place).scatter(0, order, place).view_as(label)  # back to the pixels
@@ -382,8 +392,8 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def batch_pixels(e, label, args, generator):
     """Embeddings e (N, E, h, w) as pixels (n, E) and their balanced labels (n,), from the images of all processes.
 
-    So every process computes the mode losses and the alignment of the whole batch, as a single one would: they are small, and
-    partners of a mode may lie in different processes.
+    So every process computes the mode losses and the alignment of the whole batch, as a single one would: they are small beside
+    the network, and partners of a mode may lie in different processes.
     """
     y = balanced_labels(label, e.shape[2:], args.pixels, common.draw(e[:, 0].shape, generator))  # (N, h, w)
     return common.all_gather(common.as_pixels(e)), common.all_gather(y.flatten())
@@ -432,7 +442,7 @@ def train_modes(model, head, dataset, args, run):
 
 @torch.no_grad()
 def place_modes(model, head, args, images=400, per_class=2000):
-    """Step 2, k-means: sets the representatives from at most `per_class` embeddings of every class in source images."""
+    """Step 2, k-means: sets the representatives from about `per_class` embeddings of every class, at most, evenly over images."""
     model.eval()
     dataset = common.source_dataset(args)
     subset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist())
@@ -482,29 +492,29 @@ def make_optimizer_with_modes(model, head, args):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
-    add("--head-iterations", type=int, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
-    add("--joint-iterations", type=int, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
-    add("--rounds", type=int, metavar="N", default=common.by_source(2, 4), help="rounds of pseudo-labels [U: 3 to 6]")
-    add("--iterations", type=int, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
+    add("--head-iterations", type=common.natural_number, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
+    add("--joint-iterations", type=common.natural_number, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
+    add("--rounds", type=common.positive_int, metavar="N", default=common.by_source(2, 4), help="rounds of pseudo-labels [U: 3 to 6]")
+    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
     add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-5), help="base learning rate of the adaptation [F]")
     add("--portion", type=float, metavar="p_0", default=common.by_source(0.3, 0.2), help="kept share of each predicted class, first round [F]")
     add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
     add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.5, 0.5), help="its bound [F]")
-    add("--modes", type=int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
+    add("--modes", type=common.positive_int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--mode-start", choices=("kmeans", "random"), default="kmeans", help="representatives after the head's warm-up [U]")
-    add("--embedding", type=int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
+    add("--embedding", type=common.positive_int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
     add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
     add("--alpha", type=float, default=0.5, help="margin on squared distances [R]")
     add("--w-m", type=float, default=1.0, help="weight of the margin loss in L_mm [R]")
     add("--w-c", type=float, default=1.0, help="weight of the mode cross-entropy in L_mm [R]")
-    add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a or DRSL-4c [U]")
-    add("--pixels", type=int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm and L_sma, at most [U]")
+    add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a; or DRSL-4c with s = 15, for which RepMet's --sigma is 0.5 [U]")
+    add("--pixels", type=common.positive_int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm and L_sma, at most [U]")
     add("--lambda-t", type=float, default=1.0, help="weight of the target cross-entropy [U]")
     add("--lambda-mm", type=float, default=0.1, help="weight of the mode losses [U]")
     add("--lambda-sma", type=float, default=0.1, help="weight of stochastic mode alignment [U]")
     add("--assignment", choices=("hard", "stochastic"), default="hard", help="DRSL-8: nearest mode, or drawn from q [U]")
     add("--alignment", choices=("pairwise", "triplet", "centroid"), default="pairwise", help="DRSL-9A, 9C or 9D [U]")
-    add("--pairs", type=int, metavar="M", default=64, help="M, pairs per shared mode [U]")
+    add("--pairs", type=common.positive_int, metavar="M", default=64, help="M, pairs per shared mode [U]")
     add("--stop-gradient", action="store_true", help="alignment moves target embeddings only [U]")
     return common.parse(parser)
 
@@ -575,7 +585,8 @@ def main():
                 if run.time_to_log(done, args.iterations):
                     losses["shared"] = count_shared_modes(y_s, m_s, y_t, m_t, d2_s.shape[1:])  # |A|: without partners L_sma is 0
                 losses["sma"] = stochastic_mode_alignment(e_s.detach() if args.stop_gradient else e_s, y_s, m_s, e_t, y_t, m_t,
-                                                          args.pairs, args.alignment, args.alpha, generator, d2_s.shape[1:])  # DRSL-9
+                                                          pairs=args.pairs, form=args.alignment, alpha=args.alpha,
+                                                          generator=generator, shape=d2_s.shape[1:])  # DRSL-9
                 loss = loss + args.lambda_mm * (losses["mm_s"] + losses["mm_t"]) + args.lambda_sma * losses["sma"]  # DRSL-10
 
             descend(loss, optimizer, model, head)

@@ -5,10 +5,11 @@
     python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
     python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2   # mean ± deviation over seeds, one row per method
 
-One table: classes down, checkpoints across, then mIoU (the mean over the classes that occur in the labels) and, for
-models of the 16 SYNTHIA classes, also the mean over 13, and over the long tail. Source, size and classes come from the checkpoint. Images go in
-at that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole split. Several
-scales and mirror images are averaged as probabilities; the numbers of this project are single-scale.
+One table: classes down, checkpoints across; then mIoU (the mean over the classes that occur in the labels), for models of
+the 16 SYNTHIA classes also the mean over 13, the mean over the long tail, and `misplaced`, the share of pixels by which the
+predicted class histogram is wrong. Source, size (unless --size is given) and classes come from the checkpoint. Images go in at
+that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole split. Several scales
+and mirror images are averaged as probabilities; the numbers of this project are single-scale.
 
 `--export DIR` writes two folders, because the official evaluator accepts one file per image in the folder it searches:
 
@@ -64,7 +65,7 @@ def summary(folders):
             result = json.loads((folder / "result.json").read_text())
             seed = json.loads((folder / "args.json").read_text())["seed"]
             reported = result["columns"]
-            costs.setdefault(list(reported)[-1], []).append((result["seconds"], result["peak_memory_gb"]))
+            costs.setdefault(result["own"], []).append((result["seconds"], result["peak_memory_gb"]))
         except (OSError, ValueError, KeyError) as error:
             raise common.InputError(f"{folder / 'result.json'}: not the result of a finished run ({type(error).__name__})") from error
         for title, scores in reported.items():
@@ -107,10 +108,10 @@ def parse_args():
     add("--flip", action="store_true", help="average with the mirror image")
     add("--panel", metavar="FILE.png", help="draw image | truth | one column per checkpoint")
     add("--export", type=Path, metavar="DIR", help="write the predictions as PNGs")
-    add("--json", metavar="FILE", help="write the table as JSON")
+    add("--json", type=Path, metavar="FILE", help="write the table as JSON")
     add("--device", type=common.available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=common.default_precision(), help="of the network")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images")
+    add("--workers", type=common.natural_number, default=0, metavar="N", help="processes that read images")
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.summary):
         parser.error("give either checkpoints or --summary with run folders")
@@ -143,7 +144,7 @@ def main():
         columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
     print(common.score_table(columns))
     if args.json:
-        common.write_atomically(Path(args.json), lambda path: path.write_text(json.dumps(columns, indent=1)))
+        common.write_atomically(args.json, lambda path: path.write_text(json.dumps(columns, indent=1)))
     if args.panel:
         common.comparison_panel(args.panel, models, tasks[0], args.split)
 

@@ -79,7 +79,7 @@ Deviations: authors' code / here
     16 outputs. The divisor in LSE-6 is 19 in both.
  3. Focal loss. Per pixel for VGG; for DeepLab of the mean cross-entropy of one patch, which modulates no pixel; gamma is 5 in
     the GTA5 DeepLab notebook [N]; the option `--focal-loss False` leaves the loss on / per pixel for both; --focal mean takes
-    the mean of the process's batch; --focal off, or --beta 0, drops it.
+    the mean of the batch (under torchrun not the same as in one process); --focal off, or --beta 0, drops it.
  4. Mask. Enlarged bilinearly and kept where not exactly 0, which lets it grow: one pixel becomes 16, and of a random half
     94 % stay / nearest neighbour, one pixel becomes 4; --mask-mode dilate is the other.
  5. A class with one pixel or one entropy in an image. 0/0, and comparisons with NaN keep the pixel, even the whole class if
@@ -95,9 +95,9 @@ Deviations: authors' code / here
     data as the code's default. FCN8s: Adam, no weight decay, twice the rate for biases / the same with --optimizer adam
     --head-lr 1. Rates are constant for VGG, poly anew each round for DeepLab / poly, anew each round with --iterations 0, and
     rising over the first --ramp steps; --power 0 --ramp 0 turns both off.
-10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum: the same gradient from more memory, and with
-    --batch-size 2 half as many steps. With 9 the default run moves DeepLab's weights about a seventh as far as theirs did: try
-    --batch-size 1 --lr 5e-6.
+10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum: the same gradient from more memory, means over the
+    valid pixels of the whole batch, and with --batch-size 2 half as many steps. With 9 the default run moves DeepLab's weights
+    about a seventh as far as theirs did: try --batch-size 1 --lr 3.5e-6.
 11. Augmentation. None: whole source images, patches as they are / the source as in all files here (random scale, crop, flip,
     colour jitter), patches with flip and colour jitter; --no-augment for plain patches.
 12. Stopping. Fixed rounds at the last commit; notebooks stop by the entropy on the *validation* images / fixed rounds.
@@ -144,7 +144,7 @@ def pixel_entropy(prob):
 def normalised_entropy(entropy, label):
     """LSE-7: entropy (H, W) brought to [0, 1] inside each predicted class; label (H, W). 0 for a class with one value."""
     E, y = entropy.flatten(), label.flatten()
-    low = E.new_full((256,), math.inf).scatter_reduce(0, y, E, "amin")  # (256,), by class
+    low = E.new_full((256,), math.inf).scatter_reduce(0, y, E, "amin")  # (256,): enough for any number of classes
     high = E.new_full((256,), -math.inf).scatter_reduce(0, y, E, "amax")
     span = high - low
     # LSE-7
@@ -182,11 +182,11 @@ def select_images(confidence, portion):
     """LSE-6 and LSE-8. confidence (M, C) -> (indices of T_r, sorted and unique; x* (C,): best image not kept, -1 if none)."""
     order = rank_images(confidence)  # (M, C)
     N = confidence.isfinite().sum(0)  # (C,)
-    k = (N.double() * portion / DIVISOR + 1e-6).long().clamp(max=N)  # LSE-6; 1e-6 so that 0.15 * 380 / 19 is 3
+    k = (N.double() * portion / DIVISOR + 1e-6).long().clamp(max=N)  # LSE-6; 1e-6, because 2660 * 0.35 / 19 is 48.99999999999999
     place = torch.arange(len(order), device=order.device)[:, None]
     selected = order[place < k].unique()
     # LSE-8
-    reference = torch.cat([order, order.new_zeros(1, len(k))]).gather(0, k[None])[0]
+    reference = torch.cat([order, order.new_zeros(1, len(k))]).gather(0, k[None])[0]  # (C,); a row more, because k may be M
     return selected, torch.where(k < N, reference, -1)
 
 
@@ -196,12 +196,12 @@ def class_thresholds(confidence, uncertainty, reference):
     An image where all pixels of the class have one entropy defines no threshold (its uncertainty is 0): the next one of the
     list does. Without any, t is 0 and LSE-10 keeps nothing.
     """
-    place = rank_images(confidence).argsort(0)  # (M, C): where each image stands in each class's list
-    start = place.gather(0, reference.clamp(min=0)[None])  # (1, C)
-    usable = (place >= start) & (uncertainty > 0) & (reference >= 0)  # (M, C)
-    first = torch.where(usable, place, len(place)).argmin(0)[None]  # (1, C)
+    order = rank_images(confidence)  # (M, C)
+    u = uncertainty.gather(0, order)  # (M, C), along each class's list
+    usable = ((order == reference).cumsum(0) > 0) & (u > 0)  # (M, C): x* and all behind it, where they define a threshold
+    first = usable.int().argmax(0)[None]  # (1, C)
     # LSE-9
-    return torch.where(usable.any(0), uncertainty.gather(0, first)[0], 0)
+    return torch.where(usable.any(0), u.gather(0, first)[0], 0)
 
 
 def keep_confident(normalised, label, thresholds):
@@ -433,7 +433,7 @@ def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
     add("--rounds", type=common.positive_int, metavar="N", default=common.by_source(2, 7), help="rounds of ranking and training [C]")
-    add("--iterations", type=int, metavar="T", default=common.by_source(240, 0),
+    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 0),
         help="adaptation steps, all rounds together; 0: as --epochs says [C]")
     add("--epochs", type=common.positive_int, metavar="N", default=2,
         help="with --iterations 0: times over the patches of a round, poly decay starting anew in each [C]")

@@ -81,11 +81,12 @@ Deviations: authors' code / here
 --------------------------------
  1. Model selection. The best of all checkpoints by target validation labels, after each of three stages / always the last.
  2. Augmentation. Stages 1 to 3 whole images, no flip or scale; in stage 3 source images jittered, blurred, sometimes grey /
-    the recipe of all methods: scale, crop, flip and colour jitter for both domains in every training stage. Their SSL crops from
-    images of 1024x2048 scaled by 0.5 to 1.5, ours from --size.
+    the recipe of all methods: scale 1 to 1.5, crop, flip and colour jitter for both domains in every training stage; on the toy no
+    scaling. Their SSL crops from images of 1024x2048 scaled by 0.5 to 1.5, ours from --size. Where a target picture is padded
+    no pixel is confident.
  3. Source sampling. Images drawn by rare classes, p ~ 1 / log(1.01 + share) (SDCA-15) / every image once per epoch.
- 4. Batch. 4 source + 4 target images on four GPUs, 8 target images in SSL / --batch-size of each domain, 2 by default: with
-    their steps half their images, in SSL a quarter. Optimizer on the toy: AdamW, one rate for all layers.
+ 4. Batch. 4 source + 4 target images on four GPUs, 8 target images in SSL / --batch-size of each domain, 2 by default
+    on real data: with their steps half their images, in SSL a quarter. Optimizer on the toy: AdamW, one rate for all layers.
  5. Source training. 20,000 steps, lr 5e-4, early stop / --warmup-iterations, --warmup-lr, poly to zero, as for all methods.
     A model of source_only.py given by --init was trained without the Lovasz term.
  6. Schedule. Poly over MAX steps stopped early at STOP (62500 / 40000 and 31250 / 20000), so that the last factor is 0.3987
@@ -351,7 +352,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def source_loss(logits, label, lambda_lov):
     """SDCA-1: cross-entropy and Lovasz-softmax of stride-8 logits (N, C, h, w) at the size of the labels (N, H, W)."""
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = segmentation_loss(logits, label)
+    loss = segmentation_loss(logits, label)  # which leaves them as they are
     if lambda_lov > 0:
         loss = loss + lambda_lov * lovasz_softmax(logits.softmax(1), label)
     return loss  # SDCA-1
@@ -439,7 +440,7 @@ def adaptation_lr(base, step, steps, args):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=int, metavar="T", default=common.by_source(160, 40000), help="steps of the contrastive adaptation [C]")
+    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(160, 40000), help="steps of the contrastive adaptation [C]")
     add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 2.5e-4), help="its base learning rate [C]")
     add("--horizon", type=float, metavar="X", default=common.by_source(1.0, 1.5625),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
@@ -454,7 +455,7 @@ def parse_args():
     add("--theta", type=float, default=0.9, help="upper bound of the class thresholds of its pseudo-labels [C]")
     add("--from-scratch-ssl", action=switch, default=common.by_source(False, True),
         help="start it from the backbone's weights [C]; else from the adapted model")
-    add("--ssl-iterations", type=int, metavar="T", default=common.by_source(80, 20000), help="its steps [C]")
+    add("--ssl-iterations", type=common.natural_number, metavar="T", default=common.by_source(80, 20000), help="its steps [C]")
     add("--ssl-lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-4), help="its base learning rate [C]")
     return common.parse(parser)
 
@@ -544,7 +545,7 @@ def main():
     train_ssl(model, args, run, labels)
 
     # Step 6: all models on the target's validation split.
-    before = common.unpack_model(common.read_checkpoint(run.folder / "sdca.pt"), "sdca.pt").to(args.device, memory_format=torch.channels_last)
+    before = common.load_model(run.folder / "sdca.pt", args)
     common.compare_with_source_only({"SDCA, no SSL": before, "SDCA": model}, args, run)
 
 

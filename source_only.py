@@ -127,8 +127,9 @@ def main():
     model = common.build_model(args)
     train_source(model, dataset, args, run, "last.pt", args.iterations, args.lr)
     columns = {"oracle": common.evaluate_target(model, args)} if args.oracle else common.evaluate_source_only(model, args)
-    run.finish(columns)
-    common.comparison_panel(run.folder / "panel.png", {list(columns)[0]: model}, args)
+    title = list(columns)[0]
+    run.finish(columns, title)
+    common.comparison_panel(run.folder / "panel.png", {title: model}, args)
 
 
 if __name__ == "__main__":

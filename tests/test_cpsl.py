@@ -99,6 +99,13 @@ def test_sinkhorn_approaches_the_class_marginal():  # P2
         assert off[n] == pytest.approx(expected, abs=0.02)
 
 
+def test_sinkhorn_of_separated_features_is_near_the_marginal_at_once():
+    r = long_tail()
+    label = torch.multinomial(r, 65792, replacement=True, generator=seeded(0))
+    scores = 0.8 * F.one_hot(label, K).double() + 0.05 * torch.randn(65792, K, generator=seeded(1), dtype=torch.float64)
+    assert variation(sinkhorn(scores, r).mean(0), r) == pytest.approx(0.004, abs=0.002)
+
+
 def test_sinkhorn_does_not_see_an_offset_of_a_class():  # P3
     scores, r = random_scores(300, K), long_tail()
     offset = torch.randn(K, generator=seeded(1), dtype=torch.float64)

@@ -151,7 +151,7 @@ def test_margin_learns_xor_only_with_several_modes(modes, solved, seed):  # P-M9
         loss = margin_loss(distances(points, R), y, 1.0)
         R.data -= 0.2 * torch.autograd.grad(loss, R)[0]
     accuracy = (distances(points, R).min(2).values.argmin(1) == y).float().mean().item()
-    assert (accuracy == 1.0 and loss.item() < 1e-6) if solved else accuracy <= 0.76
+    assert (accuracy == 1.0 and loss.item() < 1e-6) if solved else (accuracy <= 0.75 and loss.item() == pytest.approx(1, abs=0.02))
 
 
 # --------------------------------------------------- mode cross-entropy ---------------------------------------------------
@@ -193,7 +193,9 @@ def test_mode_cross_entropy_on_an_own_mode(sigma, expected):
 def test_mode_cross_entropy_limits_of_sigma():  # P-C3
     e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
     d2 = distances(e, R)
-    assert mode_cross_entropy(d2, y, 100.0).item() == pytest.approx(math.log(C), abs=1e-4)
+    for c in range(C):  # every class as likely as any other
+        each = [math.exp(-mode_cross_entropy(d2[i:i + 1], torch.tensor([c]), 100.0).item()) for i in range(5)]
+        assert max(abs(P - 1 / C) for P in each) <= 7e-6
     nearest = d2.min(2).values.argmin(1)
     single = [torch.stack([mode_cross_entropy(d2[i:i + 1], torch.tensor([c]), 0.02) for c in range(C)]).argmin() for i in range(50)]
     assert torch.equal(torch.stack(single), nearest)  # the likeliest class is that of the nearest mode
@@ -283,7 +285,7 @@ def test_stochastic_assignment():
 
 def test_assignment_carries_no_gradient_and_takes_nothing():
     d2 = torch.rand(4, C, K, requires_grad=True)
-    assert not assign_modes(d2, labels(4)).requires_grad
+    assert not assign_modes(d2, labels(4)).requires_grad and not draw_modes(d2, labels(4), 0.3).requires_grad
     empty = torch.zeros(0, dtype=torch.long)
     assert len(assign_modes(torch.rand(0, C, K), empty)) == 0 and len(draw_modes(torch.rand(0, C, K), empty, 0.3)) == 0
 
@@ -410,13 +412,16 @@ def test_alignment_never_reads_a_value(form):
 
 def test_alignment_gradient():  # P-S5
     e_s, e_t = unit(5, 8).requires_grad_(), unit(7, 8, seed=1).requires_grad_()
-    both(e_s, e_t, pairs=64, generator=torch.Generator().manual_seed(0)).backward()
+    y_s, y_t = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 1, 1, 1])  # two shared modes: |A| = 2
+    both(e_s, e_t, y_s=y_s, y_t=y_t, pairs=64, generator=torch.Generator().manual_seed(0)).backward()
     torch.testing.assert_close(e_s.grad.sum(0), -e_t.grad.sum(0))
     g = torch.Generator().manual_seed(0)
-    a, b = (torch.rand(1, 64, generator=g) * 5).long()[0], (torch.rand(1, 64, generator=g) * 7).long()[0]
+    u_s, u_t = torch.rand(2, 64, generator=g).tolist(), torch.rand(2, 64, generator=g).tolist()
     expected = torch.zeros(5, 8, dtype=torch.float64)
-    for i, j in zip(a.tolist(), b.tolist()):
-        expected[i] += 2 / 64 * (e_s[i] - e_t[j]).detach()
+    for mode, (first_s, n_s, first_t, n_t) in enumerate(((0, 3, 0, 4), (3, 2, 4, 3))):
+        for j in range(64):
+            i, k = first_s + int(u_s[mode][j] * n_s), first_t + int(u_t[mode][j] * n_t)
+            expected[i] += 2 / (64 * 2) * (e_s[i] - e_t[k]).detach()
     torch.testing.assert_close(e_s.grad, expected)
     stopped = unit(5, 8).requires_grad_()
     both(stopped.detach(), e_t).backward()

@@ -43,6 +43,7 @@ def test_table_json_and_panel(toy):
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
     assert table["a/last"]["iou"] == pytest.approx(written["iou"], nan_ok=True)  # the number of the run itself
+    assert result(toy / "a")["miou"] == pytest.approx(table["a/last"]["miou"]) and result(toy / "a")["own"] == "source only"
 
 
 def test_other_worlds_and_splits(toy, tmp_path):

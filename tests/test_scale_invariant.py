@@ -157,6 +157,7 @@ def test_portions_that_floats_would_miss():  # P4
     assert [round_portion(0.10, 0.05, r) for r in range(7)] == [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]
     for r in range(7):  # N_c p / 19 is a whole number for N_c = 380
         assert len(select_images(confidences(380, 1), round_portion(0.10, 0.05, r))[0]) == 2 + r
+    assert 2660 * 0.35 / 19 < 49 and len(select_images(confidences(2660, 1), 0.35)[0]) == 49
 
 
 def test_exactly_seven_rounds_and_their_steps(monkeypatch):  # P4

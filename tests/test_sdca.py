@@ -8,6 +8,8 @@ import argparse
 import json
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -83,6 +85,26 @@ def assert_same(one, other, atol=1e-12):
     assert torch.equal(one.count, other.count)
     torch.testing.assert_close(one.mean, other.mean, atol=atol, rtol=0)
     torch.testing.assert_close(one.variance, other.variance, atol=atol, rtol=0)
+
+
+def test_statistics_of_three_processes_are_pooled_exactly(monkeypatch):
+    """Three threads stand for three processes of 1, 40 and 300 pixels; their sum over processes waits until all have come."""
+    barrier, given = threading.Barrier(3), {}
+
+    def all_sum(tensor):
+        given[threading.get_ident()] = tensor
+        barrier.wait(60)
+        total = sum(given.values())
+        barrier.wait(60)
+        return total
+
+    monkeypatch.setattr(common, "all_sum", all_sum)
+    batches = stream()[:3]
+    parts = [collected([batch]) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(ClassStatistics.merge_processes, parts))
+    for part in parts:
+        assert_same(part, collected(batches))
 
 
 def test_streamed_statistics_are_those_of_all_pixels():  # P1
