@@ -128,12 +128,12 @@ def read_image(path):
 def read_label(path):
     """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
     try:
-        label = np.array(Image.open(path))
+        image = Image.open(path)
+        if image.mode not in ("L", "P"):
+            raise InputError(f"{path}: expected a label with one channel of 8-bit class ids, found mode {image.mode}")
+        return np.array(image)
     except (OSError, SyntaxError) as error:
         raise InputError(f"{path}: cannot read this label ({error})") from error
-    if label.ndim != 2:
-        raise InputError(f"{path}: expected a label with one channel of class ids, found shape {label.shape}")
-    return label.astype(np.uint8)
 
 
 def read_synthia_label(path):
@@ -216,7 +216,7 @@ class GTA5(Dataset):
 
     Labels are palette PNGs whose *index* is the Cityscapes labelId. Image and label are each resized to `size`, so
     the two frames whose label has another size than the image (15188, 17705) need no exception; without `size`
-    they are an InputError.
+    a label is resized to its image.
     """
 
     def __init__(self, root, size=None, augment=None, classes=CLASSES):
@@ -232,9 +232,7 @@ class GTA5(Dataset):
     def __getitem__(self, index):
         path = self.images[index]
         image, label = read_image(path), self.table[read_label(self.labels[index])]
-        if self.size is None and image.size != label.shape[::-1]:
-            raise InputError(f"{path}: image {image.size} but label {label.shape[::-1]}; a size to resize both would do")
-        return make_item(image, label, path.stem, self.size, self.augment, False)
+        return make_item(image, label, path.stem, self.size or image.size[::-1], self.augment, False)
 
 
 class Synthia(Dataset):
@@ -858,10 +856,15 @@ def build_network(num_classes, backbone, weights="none"):
 
 
 def freeze_batch_norm(model):
-    """From now on every batch norm uses its running statistics, and neither they nor its affine part change."""
+    """From now on every batch norm uses its running statistics, and neither they nor its affine part change.
+
+    A residual block that starts as the identity, see torchvision_network, could then never learn: it starts with a small weight.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
+            if not module.weight.any():
+                nn.init.constant_(module.weight, 0.2)
     model.train(model.training)
 
 
@@ -932,7 +935,10 @@ class MeanIoU:
             raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
         classes = len(self.confusion)
         valid = label != IGNORE
-        pairs = label[valid].long() * classes + pred[valid].long()
+        pred, label = pred[valid].long(), label[valid].long()
+        if len(pred) and not (0 <= min(pred.min(), label.min()) and max(pred.max(), label.max()) < classes):
+            raise ValueError(f"a prediction or label is not one of {classes} classes")
+        pairs = label * classes + pred
         counts = torch.bincount(pairs, minlength=classes * classes)
         self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
 
@@ -1206,6 +1212,13 @@ def natural_number(text):
     return int(text)
 
 
+def png_file(text):
+    """argparse type: the name of a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
+    return text
+
+
 def available_device(text):
     """argparse type: "cuda" only where torch finds a GPU."""
     if text == "cuda" and not torch.cuda.is_available():
@@ -1258,22 +1271,19 @@ def broadcast(tensor):
 
 
 def all_gather(rows):
-    """The rows (n, ...) of all processes, one after the other; n may differ between them.
+    """The rows (n, ...) of all processes, one after the other; n is the same in all of them.
 
     A gradient reaches this process's rows only, times the number of processes: where all of them compute the same loss from
     the whole batch's rows, the average of their gradients is that loss's.
     """
     if world_size() == 1:
         return rows
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
-    last = all_sum(counts).cumsum(0)[rank()]
-    everyone = rows.new_zeros(counts.sum(), *rows.shape[1:])
-    everyone[last - len(rows):last] = rows.detach()
+    everyone = rows.new_zeros(world_size(), *rows.shape)
+    everyone[rank()] = rows.detach()
     everyone = all_sum(everyone)
     if rows.requires_grad:
-        everyone[last - len(rows):last] += world_size() * (rows - rows.detach())  # adds zeros
-    return everyone
+        everyone[rank()] += world_size() * (rows - rows.detach())  # adds zeros
+    return everyone.flatten(0, 1)
 
 
 def average_gradients(*modules):
@@ -1282,11 +1292,11 @@ def average_gradients(*modules):
     A parameter that had no gradient on one process counts as zero there.
     """
     if world_size() > 1:
-        for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        means = average(torch.cat([gradient.flatten() for gradient in gradients]))  # one message for all
+        for parameter, mean in zip(parameters, means.split([p.numel() for p in parameters])):
+            parameter.grad = mean.view_as(parameter)
 
 
 def ramp(step, args):
@@ -1309,7 +1319,7 @@ class Run:
     def __init__(self, method, args):
         self.args = args
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
-        self.interrupted = False
+        self.interrupted = self.stopping = False  # interrupted: this process; stopping: all of them
         self.seconds_before, self.started = 0.0, time.time()
         if "LOCAL_RANK" in os.environ:  # started by torchrun
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -1320,6 +1330,8 @@ class Run:
         settings = {"method": method, **vars(args)}
         saved = self.folder / "args.json"
         free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")  # may change on resuming
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder}: a file; --out names a folder")
         if any(self.folder.glob("*.pt")) and not args.resume:
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if args.resume:
@@ -1330,18 +1342,25 @@ class Run:
             changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
             if changed:
                 raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
-            self.seconds_before = self.logged()[-1]["seconds"] if self.logged() else 0.0
+            lines = self.logged()
+            self.seconds_before = lines[-1]["seconds"] if lines else 0.0
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not args.resume:  # of a run that ended before its first checkpoint
-                (self.folder / "log.jsonl").unlink(missing_ok=True)
+            log = self.folder / "log.jsonl"
+            if args.resume:
+                write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+            else:  # of a run that ended before its first checkpoint
+                log.unlink(missing_ok=True)
             write_atomically(saved, lambda path: path.write_text(json.dumps(settings, indent=1)))
             print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
+        if dist.is_initialized():
+            dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
-        """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
+        """First Ctrl-C: finish the step, save, stop; under torchrun at the next line of the log. Second: stop at once."""
         self.interrupted = True
+        self.stopping = world_size() == 1
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def seconds(self):
@@ -1363,8 +1382,11 @@ class Run:
             raise InputError(f"{stage} step {step}: not finite ({terms}); the last checkpoint in {self.folder} is intact, "
                              f"a smaller learning rate may help")
         if logged:
-            means = average(torch.tensor(list(values.values()), dtype=torch.float64, device=self.args.device))
-            self.log(stage, f"{step}/{steps}", **dict(zip(values, means.tolist())))
+            told = torch.tensor([*values.values(), self.interrupted], dtype=torch.float64, device=self.args.device)
+            *means, interrupted = average(told).tolist()
+            if interrupted:
+                self.stopping = True
+            self.log(stage, f"{step}/{steps}", **dict(zip(values, means)))
 
     def log(self, stage, step="", **values):
         """One line on the screen and one object in log.jsonl."""
@@ -1376,7 +1398,7 @@ class Run:
             print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
 
     def logged(self):
-        """The lines of log.jsonl so far, as dicts, but the half line that a killed run may leave."""
+        """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
@@ -1396,7 +1418,7 @@ class Run:
 
     def time_to_save(self, step, steps):
         """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
-        return step % self.args.save_every == 0 or step == steps or self.interrupted
+        return step % self.args.save_every == 0 or step == steps or self.stopping
 
     def save(self, name, checkpoint):
         """Writes a checkpoint (tensors, numbers, strings, plain dicts) atomically; after Ctrl-C ends the program."""
@@ -1405,7 +1427,7 @@ class Run:
             raise InputError(f"{name}: weights are not finite; the last checkpoint in {self.folder} is intact")
         if rank() == 0:
             write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))
-        if self.interrupted:
+        if self.stopping:
             sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
 
     def finish(self, columns, own=None):
@@ -1520,7 +1542,7 @@ def pack_model(model, args):
     """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
     return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
             "size": list(args.size), "classes": list(task_classes(args.source)), "network": getattr(args, "head", "deeplab"),
-            "model": model.state_dict()}
+            "oracle": getattr(args, "oracle", False), "model": model.state_dict()}
 
 
 def pack_training(model, optimizer, args, step, **parts):
@@ -1546,6 +1568,12 @@ def load_init(model, args, run):
     if saved["backbone"] != args.backbone or saved["classes"] != classes:
         raise InputError(f"{args.init}: a {saved['backbone']} of {len(saved['classes'])} classes; --backbone {args.backbone} "
                          f"--source {args.source} needs a {args.backbone} of {len(classes)}")
+    if saved.get("oracle"):
+        raise InputError(f"{args.init}: an oracle, trained on target labels; expected a checkpoint of source_only.py without --oracle")
+    trained, wanted = ([task[key] for key in ("source", "toy_world")] for task in (saved, vars(args)))
+    if trained != wanted:
+        raise InputError(f"{args.init}: trained with --source {trained[0]} --toy-world {trained[1]}, this run has "
+                         f"--source {wanted[0]} --toy-world {wanted[1]}")
     model.load_state_dict(given.state_dict())
     run.save("source_only.pt", pack_model(model, args))
 
@@ -1628,7 +1656,7 @@ def main():
     parser.add_argument("--toy-world", type=natural_number, default=0, metavar="N", help="which world of the toy generator (default 0)")
     parser.add_argument("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world (default 400)")
     parser.add_argument("--samples", type=natural_number, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
-    parser.add_argument("--picture", default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
+    parser.add_argument("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
     args = parser.parse_args()
     classes = task_classes(args.source)
     # Without a size each image and label is read as it stands in its file.

@@ -448,7 +448,9 @@ def place_modes(model, head, args, images=400, per_class=2000):
     subset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist())
     share = math.ceil(per_class / len(subset))
     es, labels = [], []
-    for batch in torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers, generator=torch.Generator()):
+    loader = torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers, generator=torch.Generator(),
+                                         worker_init_fn=common.ignore_interrupt)
+    for batch in loader:
         image, label = common.to_device(batch, args.device)
         with common.autocast(args.device, args.precision):
             e = head(model(image)[0])  # (N, E, h, w)
@@ -468,13 +470,16 @@ def label_target(model, args, folder, portion):
     model.eval()
     classes = common.task_classes(args.source)
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-    confidence, label = [], []
+    confidence, label = [torch.zeros(0, device=args.device)], [torch.zeros(0, dtype=torch.uint8, device=args.device)]
     some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
     for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
         best, index = prob[:, :, ::8, ::8].max(1)  # (N, H / 8, W / 8): enough for a quantile
         confidence.append(best.flatten())
         label.append(index.flatten().byte())
-    confidence, label = common.all_gather(torch.cat(confidence)), common.all_gather(torch.cat(label))
+    confidence, label = torch.cat(confidence), torch.cat(label)  # (n,)
+    # A process with an image less than others adds ignored pixels, so that n is the same in all.
+    n = math.ceil(len(some) / common.world_size()) * math.ceil(args.size[0] / 8) * math.ceil(args.size[1] / 8)
+    confidence, label = (common.all_gather(F.pad(values, (0, n - len(values)), value=common.IGNORE)) for values in (confidence, label))
     thresholds = class_thresholds(confidence, label, len(classes), portion)  # (C,)
 
     labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in common.predictions(model, dataset, args, flip=True))

@@ -94,8 +94,11 @@ SPLITTABLE = ["--freeze-bn", "--precision", "fp32", "--optimizer", "sgd"]  # not
 def trained_alike(begun, one, two):
     """Whether two checkpoints moved away from a third and are the same but for rounding."""
     a, b, c = (torch.load(path, weights_only=True)["model"] for path in (begun, one, two))
-    moved, apart = (max((x[key].double() - b[key].double()).abs().max().item() for key in b) for x in (a, c))
-    assert moved > 1e-3 and apart < 0.01 * moved, f"moved {moved}, apart {apart}"
+    trained = [key for key in b if not torch.equal(a[key], b[key])]
+    assert {key for key in b if key.endswith("weight") and b[key].ndim == 4} <= set(trained)  # every convolution
+    for key in trained:
+        moved, apart = ((x[key].double() - b[key].double()).norm().item() for x in (a, c))
+        assert apart < 0.01 * moved, f"{key}: moved {moved}, apart {apart}"
     stages = [[json.loads(line)["stage"] for line in (Path(path).parent / "log.jsonl").read_text().splitlines()] for path in (one, two)]
     assert stages[0] == stages[1], "only one process writes"
     return True

@@ -141,6 +141,7 @@ def test_bad_input_is_one_line(toy, tmp_path):
     assert "--data-root" in run(tmp_path, "evaluate.py", "synthia.pt", ok=False)
     assert "--panel" in run(tmp_path, "evaluate.py", "synthia.pt", toy / "a/last.pt", "--panel", "p.png", ok=False)
     assert "above zero" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
+    assert ".png" in run(tmp_path, "evaluate.py", "synthia.pt", "--panel", "picture", ok=False)
 
 
 def test_summary_over_seeds(tmp_path):
@@ -149,7 +150,7 @@ def test_summary_over_seeds(tmp_path):
             folder = tmp_path / f"{method}{i}"
             folder.mkdir()
             columns = {"source only": {"miou": source, "miou13": source + 1}, method: {"miou": own, "rare": own / 2}}
-            (folder / "result.json").write_text(json.dumps({"columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10}))
+            (folder / "result.json").write_text(json.dumps({"own": method, "columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10}))
             (folder / "args.json").write_text(json.dumps({"seed": i}))
     folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
     header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()

@@ -3,10 +3,13 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import PROJECT, TINY, result, run, same_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 from trees import WEIGHTS, link_streets, needs_streets
 
 import common
@@ -79,6 +82,51 @@ def test_looking_at_the_validation_score_changes_nothing(tmp_path, method, flags
     assert "best_on_validation" not in result(tmp_path / "blind")
 
 
+READS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique", "repeat_interleave")
+
+
+class Watch(TorchDispatchMode):
+    """Collects the operations that on a GPU would make the processor wait, because they read a value or a shape depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.steps = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::").rstrip("_").removeprefix("_unsafe_")
+        masks = name in ("index", "index_put") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if masks or name.startswith(READS):
+            self.waits.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("scale_invariant", ["--rounds", 1]), ("cpsl", ["--bank", 64, "--output-term"]), ("cpsl", ["--no-rectify"]),
+    ("sdca", ["--no-ssl", "--delta", 0.1]), ("drsl", ["--rounds", 1, "--head-iterations", 0]),
+    ("drsl", ["--rounds", 1, "--head-iterations", 0, "--alignment", "triplet", "--assignment", "stochastic", "--posterior", "max"])])
+def test_no_step_of_the_loop_waits_for_the_gpu(tmp_path, monkeypatch, method, flags):
+    """The real main(), watched from the learning rate to the losses of every adaptation step that writes no line to the log."""
+    module, watch = importlib.import_module(method), Watch()
+    set_lr, descend = module.set_lr, module.descend
+    monkeypatch.setattr(sys, "argv", [method, *map(str, [*TINY, "--warmup-iterations", 1, "--iterations", 3, "--out", tmp_path, *flags]),
+                                      "--log-every", "50"])
+    monkeypatch.setattr(module, "set_lr", lambda *given: (set_lr(*given), watch.__enter__()))
+
+    def finish_step(*given):
+        watch.__exit__(None, None, None)
+        watch.steps += 1
+        descend(*given)
+
+    monkeypatch.setattr(module, "descend", finish_step)
+    monkeypatch.setattr(common.Run, "time_to_log", lambda *_: False)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
+    module.main()
+    assert watch.steps >= 4 and not watch.waits  # the warm-up's step and three of the adaptation
+    with watch:
+        torch.zeros(3)[torch.zeros(3) > 0]
+    assert watch.waits  # or else this test could not fail
+
+
 # ------------------------------------------------------- learning -------------------------------------------------------
 
 SHORT = ["--device", "cpu", "--size", "48x96", "--toy-images", 64, "--log-every", 1]
@@ -104,13 +152,17 @@ def test_source_training_learns(trained):
     assert result(trained)["columns"]["source only"]["miou"] > 10
 
 
-@pytest.mark.parametrize("method, term, flags", [
-    ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3]), ("cpsl.py", "sl", ["--bank", 512]),
-    ("sdca.py", "feat", ["--no-ssl", "--delta", 0.5, "--tau", 1]), ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20])])
-def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags):
-    """Its own target term falls, and the target's mIoU rises above the source-only model's."""
-    run(tmp_path, method, *SHORT, "--iterations", 30, "--ramp", 5, "--init", trained / "last.pt", "--out", "run", *flags)
+@pytest.mark.parametrize("method, term, least, flags", [
+    ("scale_invariant.py", "ce_t", -3, ["--rounds", 1, "--portion", 3]), ("cpsl.py", "sl", -3, ["--bank", 512]),
+    ("sdca.py", "feat", 0.3, ["--no-ssl", "--delta", 0.5, "--tau", 1]), ("drsl.py", "mm_t", 0.3, ["--rounds", 1, "--head-iterations", 20])])
+def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, least, flags):
+    """Its own target term falls, and the target's mIoU rises above the source-only model's.
+
+    `least`: how far it must come above what re-estimated batch norm alone gives. On pictures this small enlarging and
+    rectification cost a little; the README's table has the full size.
+    """
+    run(tmp_path, method, *SHORT, "--iterations", 60, "--lr", 1e-4, "--ramp", 5, "--init", trained / "last.pt", "--out", "run", *flags)
     values = log(tmp_path / "run", "adapt", term)
-    assert sum(values[-10:]) < sum(values[:10])
-    columns = result(tmp_path / "run")["columns"]
-    assert list(columns.values())[-1]["miou"] > columns["source only"]["miou"] + 0.5
+    assert sum(values[-20:]) < sum(values[:20])
+    source, batch_norm, *_, adapted = (column["miou"] for column in result(tmp_path / "run")["columns"].values())
+    assert adapted > source + 3 and adapted > batch_norm + least

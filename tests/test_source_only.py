@@ -12,6 +12,7 @@ import torch
 from scripts import SPLITTABLE, TINY, command, kill_when, logged, result, run, same_weights, trained_alike
 from trees import write_cityscapes, write_gta5, write_synthia
 
+import common
 import source_only
 
 
@@ -32,6 +33,17 @@ def test_optimizer_groups():
     assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
 
 
+def test_every_weight_learns_also_with_frozen_batch_norm():
+    args = argparse.Namespace(source="toy", backbone="resnet18", backbone_weights="none", freeze_bn=True, device="cpu")
+    model = common.build_model(args).train()
+    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=1.0))
+    source_only.set_lr(optimizer, 1e-3)
+    image, label = torch.randn(2, 3, 64, 128), torch.randint(16, (2, 64, 128))
+    source_only.descend(source_only.segmentation_loss(model(image)[1], label), optimizer, model)
+    dead = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert not dead and not any("bn" in name and p.requires_grad for name, p in model.named_parameters())
+
+
 def test_run_folder(tmp_path):
     out = run(tmp_path, "source_only.py", *TINY, "--iterations", 3)
     folder = tmp_path / "runs/source_only-toy-s0"
@@ -46,6 +58,18 @@ def test_run_folder(tmp_path):
     assert "holds a run already" in again and "--resume" in again
     other = run(tmp_path, "source_only.py", *TINY, "--iterations", 4, "--resume", ok=False)
     assert "--iterations 3" in other
+
+
+def test_a_half_line_in_the_log_does_not_outlive_a_resume(tmp_path):
+    arguments = ["source_only.py", *TINY, "--iterations", 4, "--save-every", 2, "--out", "run"]
+    run(tmp_path, *arguments)
+    log = tmp_path / "run/log.jsonl"
+    log.write_text(log.read_text()[:-9])  # as a kill or a full disk leaves it
+    run(tmp_path, *arguments, "--resume")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == ["1/4", "2/4", "3/4"]
+    run(tmp_path, "source_only.py", *TINY, "--oracle", "--iterations", 1, "--out", "oracle")
+    assert torch.load(tmp_path / "oracle/last.pt", weights_only=True)["oracle"] is True
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["oracle"] is False
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
