@@ -113,9 +113,9 @@ Deviations: authors' code / here
 With --raw-statistics f is normalised first, and M and V of f are used as they are (as in the authors' later SePiCo): then
 the Gaussians are the data's own, while normalised variances keep a class's profile but lose how wide it is [D].
 
-Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 40.2, with re-estimated batch
-norm 50.3, SDCA 52.8 mIoU (52.3 without SSL), all from source_only.py's models. From nothing, with Lovasz in the warm-up too
-(seed 0): 43.2, 52.0, and 54.1 (53.1); 4 1/2 minutes, 1.2 GB.
+Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
+norm 54.3, SDCA 57.1 mIoU (55.6 without SSL), all from source_only.py's models. From nothing, with Lovasz in the warm-up too
+(seed 0): XX.
 
     python sdca.py                                                # toy world: all stages, table, picture
     python sdca.py --tau 0.5                                      # a temperature at which the covariance counts

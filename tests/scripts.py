@@ -76,13 +76,17 @@ def kill_when(folder, condition, script, *arguments, with_signal=signal.SIGKILL)
     return process.exitcode, texts(folder)[1]
 
 
-def run_as_two(folder, script, *arguments):
-    """Runs a script in two processes with the environment that torchrun gives them."""
+def start_two(folder, script, *arguments):
+    """Starts a script in two processes with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    team = [start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             for rank in "01"]
+
+
+def run_as_two(folder, script, *arguments):
+    team = start_two(folder, script, *arguments)
     for process in team:
         process.join()
     assert [process.exitcode for process in team] == [0, 0], texts(folder)[1]

@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from scripts import SPLITTABLE, TINY, command, kill_when, logged, result, run, same_weights, trained_alike
+from scripts import SPLITTABLE, TINY, command, kill_when, logged, result, run, same_weights, start_two, texts, trained_alike
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
@@ -110,6 +112,20 @@ def test_torchrun_gives_the_single_process_result(tmp_path, start):
                     *command(*arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
     assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
     assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=0.1)
+
+
+def test_ctrl_c_in_one_process_stops_all_of_them_after_the_same_step(tmp_path):
+    arguments = ["source_only.py", *TINY, "--freeze-bn", "--iterations", 500, "--out", "run"]
+    team = start_two(tmp_path, *arguments)
+    deadline = time.time() + 120
+    while not logged(tmp_path / "run", "source", 3) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(team[1].pid, signal.SIGINT)  # not the one that writes
+    for process in team:
+        process.join(120)
+    assert [process.exitcode for process in team] == [1, 1] and "--resume" in texts(tmp_path)[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert steps[-1] == f"{torch.load(tmp_path / 'run/last.pt', weights_only=True)['step']}/500" != "500/500"
 
 
 def test_real_formats(tmp_path):
