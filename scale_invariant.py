@@ -99,8 +99,8 @@ Deviations: authors' code / here
 10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum: the same gradient from more memory, means over the
     valid pixels of the whole batch, and with --batch-size 2 half as many steps. With 9 the default run moves DeepLab's weights
     about a seventh as far as theirs did: try --batch-size 1 --lr 3.5e-6.
-11. Augmentation. None: whole source images, patches as they are / the source as in all files here (random scale, crop, flip,
-    colour jitter), patches with flip and colour jitter; --no-augment for plain patches.
+11. Augmentation. None: whole source images, patches as they are / the source as in all files here (random scale but on the toy, crop,
+    flip, colour jitter), patches with flip and colour jitter; --no-augment for plain patches.
 12. Stopping. Fixed rounds at the last commit; notebooks stop by the entropy on the *validation* images / fixed rounds.
 13. Toy: two rounds with larger portions, because 0.10 of 400 images is two per class, and --iterations for both rounds in all.
 14. --rank global. Coded in [N] and off, form unknown / the same number of images, by mean confidence over all pixels;
