@@ -1328,34 +1328,38 @@ class Run:
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(args.seed)
         settings = {"method": method, **vars(args)}
-        saved = self.folder / "args.json"
-        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")  # may change on resuming
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder}: a file; --out names a folder")
         if any(self.folder.glob("*.pt")) and not args.resume:
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
+        lines = []
         if args.resume:
-            if not saved.exists():
-                raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
-            before = json.loads(saved.read_text())
-            now = json.loads(json.dumps(settings))
-            changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
-            if changed:
-                raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
+            self.check_resume(settings)
             lines = self.logged()
             self.seconds_before = lines[-1]["seconds"] if lines else 0.0
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             log = self.folder / "log.jsonl"
-            if args.resume:
+            if lines:  # again, because the file may end in half a line
                 write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
-            else:  # of a run that ended before its first checkpoint
+            else:  # perhaps that of a run without any checkpoint
                 log.unlink(missing_ok=True)
-            write_atomically(saved, lambda path: path.write_text(json.dumps(settings, indent=1)))
+            write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
             print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
         if dist.is_initialized():
             dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
         signal.signal(signal.SIGINT, self.interrupt)
+
+    def check_resume(self, settings):
+        """InputError where --resume finds no run, or one with other arguments than `settings`; some may change."""
+        saved = self.folder / "args.json"
+        if not saved.exists():
+            raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
+        before, now = json.loads(saved.read_text()), json.loads(json.dumps(settings))
+        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")
+        changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
+        if changed:
+            raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
 
     def interrupt(self, *_):
         """First Ctrl-C: finish the step, save, stop; under torchrun at the next line of the log. Second: stop at once."""

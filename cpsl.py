@@ -121,7 +121,7 @@ For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step
 and 60.8 mIoU. Nobody has run this file on GTA5.
 
 Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, CPSL 55.4 mIoU (54.8 with --no-rectify); 4 minutes from nothing, 1.3 GB.
+norm 54.3, CPSL 55.4 mIoU (54.8 with --no-rectify); 2 1/2 minutes from nothing, 1.3 GB.
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
     python cpsl.py --marginal uniform                   # the same with a transport problem that knows nothing of the classes

@@ -98,7 +98,7 @@ Choices where the sources are silent or differ: source / here
 13. Augmentation. CRST: scale 0.5 to 1.5, crop, flip / scale 1 to 1.5, crop, flip, colour jitter; on the toy no scaling.
 
 Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, DRSL 58.3 mIoU (plain self-training 58.2); 5 minutes from nothing, 1.2 GB.
+norm 54.3, DRSL 58.3 mIoU (plain self-training 58.2); 2 1/2 minutes from nothing, 1.3 GB.
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain class-balanced self-training

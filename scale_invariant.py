@@ -114,7 +114,7 @@ Published rows, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101)
 (VGG16), 42.6 and 49.4 (ResNet-101, the row of deviation 9, from a start of unknown origin). Nobody has run this file on them.
 
 Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, LSE 54.9 mIoU (59.0 with --scale 1); 5 minutes from nothing, 1.2 GB.
+norm 54.3, LSE 54.9 mIoU (59.0 with --scale 1); 2 1/2 minutes from nothing, 1.3 GB.
 
     python scale_invariant.py                                     # toy world: warm-up, two rounds, table, picture
     python scale_invariant.py --scale 1                           # self-training on whole images, not enlarged
