@@ -233,17 +233,21 @@ def lovasz_softmax(prob, label):
     y = label.flatten()  # (n,)
     truth = y == torch.arange(C, device=y.device)[:, None]  # (C, n)
     errors = torch.where(y != common.IGNORE, (truth.to(p) - p).abs(), 0)  # ignored pixels come last and cost nothing
-    # Floats of zero and more sort like the integers of the same bits, and integers sort faster.
-    bits = errors.detach().view(torch.int64 if errors.dtype == torch.float64 else torch.int32)
-    order = bits.argsort(1, descending=True)
-    truth = truth.gather(1, order)
+    # All classes at once, by falling error within each: one row of integers sorts many times faster than C rows of floats.
+    # Errors that differ by less than the last digit may stand in any order.
+    digits, integer = (53, torch.int64) if errors.dtype == torch.float64 else (24, torch.int32)
+    c = torch.arange(C, dtype=integer, device=y.device)[:, None]  # (C, 1)
+    key = ((1 - errors.detach()) * 2**digits).to(integer).add_(c * 2 ** (digits + 1))  # (C, n)
+    order = key.flatten().argsort(stable=True)  # (C n,)
+    truth = truth.flatten()[order].view(C, -1)  # (C, n)
     i = torch.arange(1, len(y) + 1, dtype=torch.int32, device=y.device)  # (n,)
     total = truth.sum(1, keepdim=True, dtype=torch.int32)  # (C, 1)
     I = total - truth.cumsum(1, dtype=torch.int32)  # (C, n), after the i worst pixels went wrong
     I, U = I.to(p), (I + i).to(p)  # union: the class's own pixels, and the others among the i worst
     cost = torch.where(truth, 1 / U.clamp(min=1), I / (U * (U - 1)).clamp(min=1))  # Delta_i - Delta_{i-1}
+    cost = torch.empty_like(cost.flatten()).scatter(0, order, cost.flatten()).view(C, -1)  # back to the pixels
     # SDCA-1: a class that does not occur has cost 0 everywhere
-    return (errors.gather(1, order) * cost).sum() / (total > 0).sum().clamp(min=1)
+    return (errors * cost).sum() / (total > 0).sum().clamp(min=1)
 
 
 def online_labels(logits, delta):
