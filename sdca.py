@@ -115,7 +115,7 @@ the Gaussians are the data's own, while normalised variances keep a class's prof
 
 Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
 norm 54.3, SDCA 57.1 mIoU (55.6 without SSL), all from source_only.py's models. From nothing, with Lovasz in the warm-up too
-(seed 0, two threads): 47.0, 56.2 and 58.1 (56.7); 2 1/2 minutes, 1.3 GB.
+(seed 0, two threads): 47.0, 56.3 and 58.2 (56.8); 2 1/2 minutes, 1.4 GB.
 
     python sdca.py                                                # toy world: all stages, table, picture
     python sdca.py --tau 0.5                                      # a temperature at which the covariance counts
