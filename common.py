@@ -863,8 +863,7 @@ def freeze_batch_norm(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
-            if not module.weight.any():
-                nn.init.constant_(module.weight, 0.2)
+            module.weight.masked_fill_(~module.weight.any(), 0.2)
     model.train(model.training)
 
 
