@@ -302,12 +302,13 @@ def test_class_sums_against_a_loop():
     label[0][label[0] == 2] = 1
     label[1] = 0
     label[1, 0, :2] = 2  # two pixels: too few for least = 3
+    label[1, 1, :3] = 1  # three: just enough
     sums, images = class_sums(features, label, 4, least=3)
     for k in range(4):
         means = [features[n][:, label[n] == k].mean(1) for n in range(3) if (label[n] == k).sum() >= 3]
         assert images[k] == len(means)
         torch.testing.assert_close(sums[k], sum(means) if means else torch.zeros(4))
-    assert images.tolist() == [3, 2, 1, 0]
+    assert images.tolist() == [3, 3, 1, 0]
 
 
 # ------------------------------------------------------- rectification -------------------------------------------------------
