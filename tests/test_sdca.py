@@ -87,6 +87,12 @@ def assert_same(one, other, atol=1e-12):
     torch.testing.assert_close(one.variance, other.variance, atol=atol, rtol=0)
 
 
+def test_statistics_carry_no_graph():
+    statistics = ClassStatistics(C, D)
+    statistics.update(randn(40, D).requires_grad_(), labels(40))
+    assert not statistics.mean.requires_grad and not statistics.variance.requires_grad
+
+
 def test_statistics_of_three_processes_are_pooled_exactly(monkeypatch):
     """Three threads stand for three processes of 1, 40 and 300 pixels; their sum over processes waits until all have come."""
     barrier, given = threading.Barrier(3), {}
