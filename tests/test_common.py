@@ -415,6 +415,15 @@ def test_miou_degenerate_cases():
     metric.update(torch.tensor([77]), torch.tensor([255]))  # where nothing is asked any answer will do
 
 
+def with_ious(row):
+    """A MeanIoU that has these IoUs, in percent, in each of its classes."""
+    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
+    metric = MeanIoU(len(iou))
+    metric.iou = lambda: iou
+    metric.confusion += 1
+    return metric
+
+
 @pytest.mark.parametrize("row, sixteen, thirteen", [
     ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
     ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
@@ -424,10 +433,7 @@ def test_miou_degenerate_cases():
 ])
 def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
     """A confusion matrix with the published IoUs (MLSL, CRST, CBST, LSE with VGG16 and ResNet-101) must give their means."""
-    metric = MeanIoU(16)
-    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
-    metric.iou = lambda: iou
-    metric.confusion += 1
+    metric = with_ious(row)
     result = common.scores(metric, SYNTHIA_16)
     rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
     assert result["rare"] == pytest.approx(sum(rare) / 8)
@@ -438,10 +444,7 @@ def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirte
     ("86.0 26.0 76.7 33.1 13.2 21.8 30.1 16.5 78.8 25.8 74.7 50.6 18.7 81.8 22.5 30.5 12.3 16.9 25.4", 39.02),
     ("90.2 40.0 83.5 31.9 26.4 32.6 38.7 37.5 81.0 34.2 84.6 61.6 33.4 82.5 32.8 45.9 6.7 29.1 30.6", 47.54)])
 def test_mean_over_19_is_that_of_a_published_table(row, nineteen):
-    metric = MeanIoU(19)
-    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
-    metric.iou = lambda: iou
-    metric.confusion += 1
+    metric = with_ious(row)
     result = common.scores(metric, CLASSES)
     assert result["miou"] == pytest.approx(nineteen, abs=0.01) and "miou13" not in result
     zero = [CLASSES.index(name) for name in ("terrain", "truck", "train")]  # a network that knows 16 classes, scored over 19
@@ -455,10 +458,7 @@ def test_mean_over_19_is_that_of_a_published_table(row, nineteen):
     ("92.8 57.7 85.4 45.7 36.7 48.9 59.5 54.5 88.7 48.5 84.9 73.2 36.8 89.2 49.9 67.8 29.2 49.9 55.6", 48.54, 60.8)])
 def test_long_tail_of_19_classes_is_that_of_the_logs(row, tail, nineteen):
     """CPSL's three stages on GTA5, from the authors' logs: the mean over the ten classes that Figure 1 marks, truck and train too."""
-    metric = MeanIoU(19)
-    iou = torch.tensor([float(v) for v in row.split()], dtype=torch.float64) / 100
-    metric.iou = lambda: iou
-    metric.confusion += 1
+    metric = with_ious(row)
     result = common.scores(metric, CLASSES)
     assert result["rare"] == pytest.approx(tail, abs=0.05) and result["miou"] == pytest.approx(nineteen, abs=0.06)
 
