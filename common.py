@@ -1,21 +1,24 @@
-"""Everything that is not any paper's idea: data sets, the toy world, DeepLabV2, mIoU, pictures, run folders.
+"""Everything that is not any paper's idea: data sets, DeepLabV2, mIoU, run folders, the toy world.
 
-The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no
-loss, no pseudo-label rule and no training loop in here.
+The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no loss, no
+pseudo-label rule and no training loop in here.
 
 Shapes are written with the same letters everywhere:
     N batch    C classes    H x W image    h x w feature grid (stride 8)    D feature channels    n a list of pixels
 Labels are indices into the task's class list; 255 means "ignore" wherever a label can stand.
 
-Look at a data set before you train on it (counts, sizes, class shares, the first broken file, a preview picture):
+In this order: classes and ids - files - data sets - augmentation and batches - networks - mIoU and pictures - command line
+and run folder - several processes - looking at data - the toy world.
+
+Look at a data set before you train on it (counts, sizes, class shares, what is wrong with files, a preview picture):
 
     python common.py                                     # the built-in toy world
     python common.py --source synthia --data-root DIR    # SYNTHIA -> Cityscapes
 """
 
 import argparse
+import contextlib
 import copy
-import errno
 import functools
 import json
 import math
@@ -43,10 +46,9 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what was found, where, what was expected."""
 
 
-# ================================================ classes and ids ================================================
+# ================================================== classes and ids ==================================================
 
-# Cityscapes name: (labelId on disk, raw SYNTHIA id, official colour), in trainId order.
-# GTA5 labels use the Cityscapes labelIds.
+# Cityscapes name: (labelId on disk, raw SYNTHIA id, official colour), in trainId order. GTA5 uses the labelIds of Cityscapes.
 _CLASSES = {
     "road": (7, 3, (128, 64, 128)),
     "sidewalk": (8, 4, (244, 35, 232)),
@@ -101,39 +103,30 @@ def palette(classes):
     return colours
 
 
-# ================================================= reading files =================================================
+# ======================================================= files =======================================================
 
 
-def find_folder(root, relative):
-    """Path of `relative` below `root`, each part matched without regard to case. Raises InputError if missing."""
-    if root is None:
-        raise InputError("no --data-root given: it must hold GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
-    path = Path(root)
-    for part in Path(relative).parts:
-        matches = [p for p in path.iterdir() if p.name.lower() == part.lower()] if path.is_dir() else []
-        if not matches:
-            raise InputError(f"{path / part}: no such folder; expected {relative} below --data-root {root}")
-        path = matches[0]
-    return path
+def open_image(path, what="image"):
+    """The decoded PIL image of a file. Raises InputError, naming the file, if it cannot be read."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
+        raise InputError(f"{path}: cannot read this {what} ({error})") from error
 
 
 def read_image(path):
-    """PIL image, RGB (an alpha channel is dropped). Raises InputError, naming the file, if it cannot be decoded."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:  # PIL reports broken PNG chunks as SyntaxError
-        raise InputError(f"{path}: cannot read this image ({error})") from error
+    """PIL image, RGB (an alpha channel is dropped)."""
+    return open_image(path).convert("RGB")
 
 
 def read_label(path):
     """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
-    try:
-        image = Image.open(path)
-        if image.mode not in ("L", "P"):
-            raise InputError(f"{path}: expected a label with one channel of 8-bit class ids, found mode {image.mode}")
-        return np.array(image)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot read this label ({error})") from error
+    image = open_image(path, "label")
+    if image.mode not in ("L", "P"):
+        raise InputError(f"{path}: expected a label with one channel of 8-bit class ids, found mode {image.mode}")
+    return np.array(image)
 
 
 def read_synthia_label(path):
@@ -154,8 +147,26 @@ def read_synthia_label(path):
         raise InputError(f"{path}: cannot read this label ({error})") from error
 
 
+def find_folder(root, relative):
+    """Path of `relative` below `root`, each part matched without regard to case. Raises InputError if missing."""
+    if root is None:
+        raise InputError("no --data-root given: it must hold GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
+    path = Path(root)
+    for part in Path(relative).parts:
+        try:
+            matches = [p for p in path.iterdir() if p.name.lower() == part.lower()] if path.is_dir() else []
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        if not matches:
+            raise InputError(f"{path / part}: no such folder; expected {relative} below --data-root {root}")
+        path = matches[0]
+    return path
+
+
 def list_images(folder, pattern="*.png"):
     """Sorted image paths below `folder`; a count of zero is an InputError."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be read (permission denied)")
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise InputError(f"{folder}: no image found; expected files like {pattern}")
@@ -173,12 +184,54 @@ def pair_labels(images, label_of):
     return labels
 
 
-# =================================================== data sets ===================================================
+@contextlib.contextmanager
+def writing(path):
+    """Gives a temporary path to write to and renames it to `path` at the end: whoever is killed leaves the old file whole.
+
+    Makes the folder where it is missing. InputError, naming the file, where it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix tells Pillow the format
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason}); an earlier file of this name is intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """Contents of a JSON file; InputError, naming the file, if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a file of JSON ({error})") from error
+
+
+def write_json(path, contents):
+    """Writes `contents` as JSON, atomically."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1))
+
+
+def write_label(path, label, classes):
+    """Writes class indices (H, W) as a palette PNG: indices for programs, Cityscapes colours for eyes."""
+    image = Image.fromarray(np.ascontiguousarray(label, np.uint8), mode="P")
+    image.putpalette(palette(classes).flatten().tolist())
+    with writing(path) as temporary:
+        image.save(temporary)
+
+
+# ===================================================== data sets =====================================================
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB: what torchvision's weights expect
 
 
-def make_item(image, label, name, size, augment, full_label):
+def make_item(image, label, name, size, augment, full_label=False):
     """The dict that every data set returns: `image` float32 (3, H, W) normalised, `label` int64 (H, W), `name`.
 
     image: PIL RGB. label: uint8 (H, W) class indices or None. Both are resized to `size` (image bicubic, label
@@ -197,18 +250,6 @@ def make_item(image, label, name, size, augment, full_label):
     if label is not None:
         item["label"] = label.long()
     return item
-
-
-def write_label(path, label, classes):
-    """Writes class indices (H, W) as a palette PNG: indices for programs, Cityscapes colours for eyes."""
-    image = Image.fromarray(np.ascontiguousarray(label, np.uint8), mode="P")
-    image.putpalette(palette(classes).flatten().tolist())
-    image.save(path)
-
-
-def stored_label(folder, name):
-    """Class indices that an earlier stage wrote to folder/name.png, e.g. pseudo-labels; InputError if missing."""
-    return read_label(Path(folder) / f"{name}.png")
 
 
 class GTA5(Dataset):
@@ -232,7 +273,7 @@ class GTA5(Dataset):
     def __getitem__(self, index):
         path = self.images[index]
         image, label = read_image(path), self.table[read_label(self.labels[index])]
-        return make_item(image, label, path.stem, self.size or image.size[::-1], self.augment, False)
+        return make_item(image, label, path.stem, self.size or image.size[::-1], self.augment)
 
 
 class Synthia(Dataset):
@@ -251,7 +292,7 @@ class Synthia(Dataset):
     def __getitem__(self, index):
         path = self.images[index]
         label = self.table[read_synthia_label(self.labels[index])]
-        return make_item(read_image(path), label, path.stem, self.size, self.augment, False)
+        return make_item(read_image(path), label, path.stem, self.size, self.augment)
 
 
 class Cityscapes(Dataset):
@@ -280,16 +321,16 @@ class Cityscapes(Dataset):
         path, label = self.images[index], None
         name = path.name.removesuffix("_leftImg8bit.png")
         if self.label_dir is not None:
-            label = stored_label(self.label_dir, name)
+            label = read_label(Path(self.label_dir) / f"{name}.png")
         elif self.labels is not None:
             label = self.table[read_label(self.labels[index])]
         return make_item(read_image(path), label, name, self.size, self.augment, self.full_label)
 
 
-def source_dataset(args, split="train", augment=None):
-    """The labelled source that args.source names; only the toy source has another split than train."""
+def source_dataset(args, augment=None):
+    """The labelled source that args.source names."""
     if args.source == "toy":
-        return ToyStreets("source", split, args.size, args.toy_world, augment, images=args.toy_images)
+        return ToyStreets("source", "train", args.size, args.toy_world, augment, images=args.toy_images)
     return {"gta5": GTA5, "synthia": Synthia}[args.source](args.data_root, args.source_size, augment)
 
 
@@ -300,7 +341,1160 @@ def target_dataset(args, split, augment=None, **options):
     return Cityscapes(args.data_root, split, args.size, augment, task_classes(args.source), **options)
 
 
-# ================================================= the toy world =================================================
+# ============================================== augmentation and batches ==============================================
+
+
+def training_augment(args, size=None):
+    """Random scale, crop, flip and colour jitter as --scale-jitter and --crop say: (image, label or None) -> the same.
+
+    image uint8 (3, H, W), label uint8 (H, W); size: theirs, if not --size. Draws from torch's global generator, which
+    `Batches` seeds for every item. What is returned can be pickled, as loader processes need it where they are not forked.
+    """
+    from torchvision.transforms import v2
+
+    size, (low, high) = size or args.size, args.scale_jitter
+    if any(crop > math.floor(low * full) for crop, full in zip(args.crop, size)):
+        raise InputError(f"--crop {args.crop[0]}x{args.crop[1]} is larger than images of {size[0]}x{size[1]} scaled by {low} "
+                         f"(--size, --source-size, --scale-jitter)")
+    scale = v2.ScaleJitter(target_size=size[::-1], scale_range=(low, high)) if (low, high) != (1, 1) else v2.Identity()
+    return functools.partial(apply_augment, v2.Compose([
+        scale,  # which takes (W, H), unlike RandomCrop
+        v2.RandomCrop(args.crop),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)]))
+
+
+def apply_augment(transform, image, label):
+    """The transform on an image and, if there is one, its label."""
+    from torchvision import tv_tensors
+
+    if label is None:
+        return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
+    image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
+    return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+
+
+def mix_seed(*numbers):
+    """A well-mixed 63-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def generator(args, purpose, step):
+    """Random generator that is a function of (seed, purpose, step, process): a resumed run draws the same numbers again."""
+    return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step, rank()))
+
+
+class Batches(Dataset):
+    """Item number `step` is the whole batch of that training step, a function of (seed, step) alone.
+
+    So a run that resumes at step k sees exactly the batches of one that was never interrupted, with any number of
+    workers. Every epoch is a new permutation. Under torchrun each process gets its share of the global batch.
+    """
+
+    def __init__(self, dataset, batch_size, seed):
+        if batch_size % world_size():
+            raise InputError(f"--batch-size {batch_size} cannot be split over {world_size()} processes")
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.share = range(batch_size * rank() // world_size(), batch_size * (rank() + 1) // world_size())
+
+    def __getitem__(self, step):
+        items = []
+        for k in self.share:
+            n = step * self.batch_size + k  # number of this picture in the whole run
+            epoch, position = divmod(n, len(self.dataset))
+            order = torch.Generator().manual_seed(mix_seed(self.seed, 0, epoch))
+            index = torch.randperm(len(self.dataset), generator=order)[position].item()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mix_seed(self.seed, 1, n))
+                items.append(self.dataset[index])
+        return default_collate(items)
+
+
+def load(dataset, args, **options):
+    """DataLoader with args.workers processes, which leave Ctrl-C to the main one. Draws no random number of its own."""
+    return DataLoader(dataset, num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator(),
+                      worker_init_fn=ignore_interrupt, **options)
+
+
+def ignore_interrupt(_):
+    """Makes a loader process go on after Ctrl-C, because the main process wants to finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def training_batches(dataset, args, seed, start, stop):
+    """Yields (image (N, 3, H, W), label (N, H, W) or None) of the steps start..stop-1, on the device."""
+    for batch in load(Batches(dataset, args.batch_size, seed), args, batch_size=None, sampler=range(start, stop)):
+        label = batch["label"].to(args.device, non_blocking=True) if "label" in batch else None
+        yield batch["image"].to(args.device, memory_format=torch.channels_last, non_blocking=True), label
+
+
+def evaluation_batches(dataset, args):
+    """Yields every picture of a data set once, in order, as batches with `image` on the device.
+
+    Under torchrun each process has every n-th picture.
+    """
+    batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
+    for batch in load(dataset, args, batch_size=batch_size, sampler=range(rank(), len(dataset), world_size())):
+        batch["image"] = batch["image"].to(args.device, memory_format=torch.channels_last)
+        yield batch
+
+
+# ===================================================== networks =====================================================
+
+BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16", "vgg16-fcn8s")
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class DeepLabV2(nn.Module):
+    """DeepLabV2 (Chen et al., arXiv 1606.00915) on torchvision's ResNet-18/50/101 or VGG16, output stride 8.
+
+    `forward(images (N, 3, H, W))` returns `(features (N, D, h, w), logits (N, C, h, w))`. The head is four parallel
+    3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
+    code a misplaced `return` leaves the last two out). Resize the logits with `upsample`.
+
+    A ResNet's max-pooling rounds sizes up, as in the papers' code: cell j of the grid is centred at pixel 8 j, and the
+    last one lies at the picture's edge, 65x129 cells for 512x1024 pixels. (torchvision rounds down; the last cell is then
+    centred 7 pixels before the edge, where upsampling paints it.) VGG16's cells tile the picture, centred at 8 j + 3.5.
+
+    weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
+              of this backbone. A file that does not fit is an InputError.
+    """
+
+    def __init__(self, num_classes, backbone="resnet101", weights="none"):
+        super().__init__()
+        net = torchvision_network(backbone, weights)
+        if backbone == "vgg16":
+            self.backbone, self.feature_dim = vgg16_stride_8(net), 1024
+        else:
+            net.maxpool.ceil_mode = True
+            dilate(net.layer3, 2)
+            dilate(net.layer4, 4)
+            self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
+                                          net.layer1, net.layer2, net.layer3, net.layer4)
+            self.feature_dim = net.fc.in_features
+        self.classifier = nn.ModuleList(
+            nn.Conv2d(self.feature_dim, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
+        for branch in self.classifier:
+            nn.init.normal_(branch.weight, std=0.01)
+
+    def forward(self, images):
+        features = self.backbone(images)  # (N, 3, H, W) -> (N, D, h, w)
+        logits = sum(branch(features) for branch in self.classifier)  # (N, D, h, w) -> (N, C, h, w)
+        return features, logits
+
+    def train(self, mode=True):
+        """As nn.Module.train, but batch norms frozen by `freeze_batch_norm` stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, BATCH_NORMS) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+def torchvision_network(backbone, weights):
+    """torchvision's classification network of that name; `weights` as for DeepLabV2."""
+    import torchvision
+
+    builders = {name: getattr(torchvision.models, name) for name in BACKBONES[:4]}
+    if backbone not in builders:
+        raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
+    # From random weights a ResNet learns much faster if every residual block starts as the identity.
+    start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
+    try:
+        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+    except OSError as error:
+        raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
+    if weights not in ("imagenet", "none"):
+        load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
+    return net
+
+
+def dilate(stage, dilation):
+    """Removes the stride of 2 of a ResNet stage and dilates its 3x3 convolutions, so that it computes the same on a finer grid.
+
+    What follows the convolution that strode now finds its neighbours twice as far apart, that convolution itself does
+    not: it keeps the dilation of the stage before. (torchvision does the same for bottlenecks, not for ResNet-18.)
+    """
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            if module.kernel_size == (3, 3):
+                spacing = dilation // 2 if module.stride == (2, 2) else dilation
+                module.dilation = module.padding = (spacing, spacing)
+            module.stride = (1, 1)
+
+
+def vgg16_stride_8(net):
+    """VGG16's convolutions without pool4 and pool5, conv5 dilated by 2, then two 3x3 convolutions of 1024 channels.
+
+    The form of the SDCA and FADA code; the two last convolutions start at random, not from VGG's classifier.
+    """
+    layers = [layer for i, layer in enumerate(net.features) if i not in (23, 30)]  # pool4, pool5
+    for layer in layers[-6:]:  # conv5_1 .. conv5_3
+        if isinstance(layer, nn.Conv2d):
+            layer.dilation = layer.padding = (2, 2)
+    for channels in (512, 1024):
+        layers += [nn.Conv2d(channels, 1024, 3, padding=4, dilation=4), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class FCN8s(nn.Module):
+    """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
+
+    `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
+    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j lies
+    at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
+
+    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its VGG
+    sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with Caffe's
+    factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here. (Not measured on real data.)
+    """
+
+    def __init__(self, num_classes, weights="none"):
+        super().__init__()
+        net = torchvision_network("vgg16", weights)
+        layers = list(net.features)
+        layers[0].padding = (100, 100)  # so that fc6 fits on an image of any size and the crops below have room
+        for layer in layers:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True
+        fc6, fc7 = nn.Conv2d(512, 4096, 7), nn.Conv2d(4096, 4096, 1)
+        for convolution, linear in ((fc6, net.classifier[0]), (fc7, net.classifier[3])):
+            convolution.weight = nn.Parameter(linear.weight.detach().view_as(convolution.weight))
+            convolution.bias = linear.bias
+        top = [fc6, nn.ReLU(inplace=True), nn.Dropout2d(0.5), fc7, nn.ReLU(inplace=True), nn.Dropout2d(0.5)]
+        self.backbone = nn.ModuleList([nn.Sequential(*layers[:17]), nn.Sequential(*layers[17:24]),  # to pool3, to pool4
+                                       nn.Sequential(*layers[24:], *top)])
+        self.feature_dim = 4096
+        self.classifier = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in (256, 512, 4096))
+        for score in self.classifier:
+            nn.init.zeros_(score.weight)
+            nn.init.zeros_(score.bias)
+        self.upsampling = nn.ModuleList(bilinear_upsampling(num_classes, factor) for factor in (8, 2, 2))
+
+    def forward(self, images):
+        H, W = images.shape[2:]
+        pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
+        pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
+        fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
+        score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
+        coarse = self.classifier[2](fc7)
+        with torch.autocast(images.device.type, enabled=False):  # full-size logits are not rounded to bf16
+            score = self.upsampling[2](coarse.float())  # stride 16
+            score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
+            score = self.upsampling[1](score)  # stride 8
+            score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
+            logits = self.upsampling[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
+        return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
+
+
+def bilinear_upsampling(channels, factor):
+    """Transposed convolution that upsamples each channel bilinearly by `factor`. It never learns."""
+    kernel = 1 - (torch.arange(2 * factor) + 0.5 - factor).abs() / factor  # a triangle
+    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, groups=channels, bias=False)
+    layer.requires_grad_(False).weight.copy_((kernel[:, None] * kernel).expand_as(layer.weight))
+    return layer
+
+
+def build_network(num_classes, backbone, weights="none"):
+    """DeepLabV2 on that backbone, or FCN8s for "vgg16-fcn8s"."""
+    return FCN8s(num_classes, weights) if backbone == "vgg16-fcn8s" else DeepLabV2(num_classes, backbone, weights)
+
+
+def build_model(args, network=build_network):
+    """The network that every method trains, on its device; the batch norm of pretrained weights frozen if so asked."""
+    model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
+    if world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.batch_norm == "frozen" and args.backbone_weights != "none":
+        freeze_batch_norm(model)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def live_batch_norms(model):
+    """The batch norms of a model that `freeze_batch_norm` has not frozen."""
+    return [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.weight.requires_grad]
+
+
+def freeze_batch_norm(model):
+    """From now on every batch norm uses its running statistics, and neither they nor its affine part change."""
+    for module in live_batch_norms(model):
+        module.requires_grad_(False)
+    model.train(model.training)
+
+
+@torch.no_grad()
+def estimate_batch_norm(model, views, args, images=400):
+    """Replaces live batch norms' running statistics by their averages over images of the data set `views`.
+
+    Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779). `views` are the augmented images
+    that the network is trained on, so that the statistics fit its weights. Frozen norms stay as they are.
+    """
+    if not (norms := live_batch_norms(model)):
+        return
+    was_training, steps = model.training, math.ceil(min(images, len(views)) / args.batch_size)
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average
+    model.train()
+    for image, _ in training_batches(views, args, seed=0, start=0, stop=steps):
+        with autocast(args):
+            model(image)
+    for module in norms:
+        module.momentum = 0.1
+        for statistic in (module.running_mean, module.running_var):
+            statistic.copy_(all_sum(statistic.clone()) / world_size())
+    model.train(was_training)
+
+
+def settle_batch_norm(model, views, args):
+    """What --batch-norm asks for whenever a model is about to be adapted, to label images or to be scored.
+
+    live: statistics are estimated on `views`. target: the same the first time, and then frozen. frozen: frozen as they are.
+    """
+    if args.batch_norm != "frozen":
+        estimate_batch_norm(model, views, args)
+    if args.batch_norm != "live":
+        freeze_batch_norm(model)
+
+
+def tiles(grid, size):
+    """Whether the cells of a grid (h, w) tile a picture (H, W), as VGG16's do; a ResNet has one cell more, edge to edge."""
+    return size[0] % grid[0] == 0 and size[0] // grid[0] == size[1] / grid[1] >= 8
+
+
+def upsample(logits, size):
+    """(N, C, h, w) -> (N, C, H, W), bilinear: every cell of the grid is painted where the network is centred on it.
+
+    A ResNet's first and last cells lie on the picture's edges (aligned corners), a VGG16's cells tile the picture.
+    Sizes are multiples of 8; then this holds to within a pixel.
+    """
+    if logits.shape[2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=not tiles(logits.shape[2:], size))
+
+
+def grid_labels(label, size):
+    """(N, H, W) -> (N, h, w): the label of the pixel at the centre of each cell, the inverse of `upsample`."""
+    for axis, (cells, pixels) in enumerate(zip(size, label.shape[1:]), 1):
+        cell = torch.arange(cells, device=label.device, dtype=torch.float64)
+        centre = (cell + 0.5) * pixels / cells if tiles(size, label.shape[1:]) else cell * (pixels - 1) / max(cells - 1, 1)
+        label = label.index_select(axis, centre.round().long())
+    return label
+
+
+def as_pixels(maps):
+    """(N, D, h, w) -> (N h w, D): the order in which labels (N, h, w) flatten."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def autocast(args):
+    """Context in which the network computes in args.precision: fp32 or bf16."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+# ================================================= mIoU and pictures =================================================
+
+
+class MeanIoU:
+    """One confusion matrix over a whole split, on the tensors' own device.
+
+    `update(pred, label)` takes two integer tensors of the same shape, any shape, any device. `iou()` is (C,) with NaN
+    where a class is in neither prediction nor label, `mean(indices)` the mean over some classes or all, without the
+    NaNs. Pixels whose label is 255 do not count.
+    """
+
+    def __init__(self, num_classes):
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: label, columns: prediction
+
+    def update(self, pred, label):
+        if pred.shape != label.shape:
+            raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+        classes = len(self.confusion)
+        valid = label != IGNORE
+        pred, label = pred[valid].long(), label[valid].long()
+        if len(pred) and not (0 <= min(pred.min(), label.min()) and max(pred.max(), label.max()) < classes):
+            raise ValueError(f"a prediction or label is not one of {classes} classes")
+        pairs = label * classes + pred
+        counts = torch.bincount(pairs, minlength=classes * classes)
+        self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
+
+    def iou(self):
+        hit = self.confusion.diagonal().double()
+        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)  # 0 / 0 = NaN
+
+    def mean(self, indices=None):
+        iou = self.iou()
+        return (iou if indices is None else iou[list(indices)]).nanmean().item()
+
+    def present(self):
+        """Indices of the classes that occur in the labels."""
+        return self.confusion.sum(1).nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def predict(model, images, size, args, scales=(1.0,), flip=False):
+    """Class probabilities (N, C, H, W) at `size`, averaged over `scales` of the input and, if asked, mirror images."""
+    total = 0
+    for scale in scales:
+        scaled = images
+        if scale != 1:  # to multiples of 8, see upsample
+            scaled = F.interpolate(images, size=[max(8, round(scale * s / 8) * 8) for s in images.shape[2:]], mode="bilinear")
+        for mirrored in (False, True)[: 1 + flip]:
+            with autocast(args):
+                _, logits = model(scaled.flip(3) if mirrored else scaled)
+            logits = logits.float().flip(3) if mirrored else logits.float()
+            total = total + upsample(logits, size).softmax(1)
+    return total / (len(scales) * (1 + flip))
+
+
+def predictions(model, dataset, args, flip=False):
+    """Yields every batch of this process's share of a data set with its probabilities (N, C, H, W), in evaluation mode."""
+    model.eval()
+    for batch in evaluation_batches(dataset, args):
+        yield batch, predict(model, batch["image"], batch["image"].shape[2:], args, flip=flip)
+
+
+def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
+    """`scores` of a model on a labelled data set, at the labels' own resolution. `visit(batch, pred (N, H, W))` sees all."""
+    was_training, classes = model.training, task_classes(args.source)
+    model.eval()
+    metric = MeanIoU(len(classes))
+    for batch in evaluation_batches(dataset, args):
+        label = batch["label"].to(args.device)
+        prob = predict(model, batch["image"], label.shape[1:], args, scales, flip)  # (N, C, H, W)
+        pred = prob.max(1).indices  # (N, H, W); on a CPU much faster than argmax
+        metric.update(pred, label)
+        if visit is not None:
+            visit(batch, pred)
+    model.train(was_training)
+    metric.confusion = all_sum(metric.confusion.to(args.device))
+    return scores(metric, classes)
+
+
+def evaluate_target(model, args, split="val", **options):
+    """`evaluate` on a split of the target, labels at full resolution."""
+    return evaluate(model, target_dataset(args, split, labelled=True, full_label=True), args, **options)
+
+
+def evaluate_source_only(model, args):
+    """Table columns of a source-only model: as it is, and with batch-norm statistics estimated on the target."""
+    columns, adapted = {"source only": evaluate_target(model, args)}, copy.deepcopy(model)
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(True)  # so that frozen norms take part
+    if live_batch_norms(adapted):
+        estimate_batch_norm(adapted, target_dataset(args, "train", training_augment(args)), args)
+        columns["+ BN target"] = evaluate_target(adapted, args)
+    return columns
+
+
+def compare_with_source_only(models, args, run, source_model, **meters):
+    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
+
+    meters: {name: number}, what the method measures of its own idea.
+    """
+    columns = evaluate_source_only(source_model, args)
+    columns.update({title: evaluate_target(model, args) for title, model in models.items()})
+    run.finish(columns, **meters)
+    comparison_panel(run.folder / "panel.png", {"source only": source_model, **models}, args)
+
+
+def scores(metric, classes):
+    """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
+
+    `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
+    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
+    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as predicted
+    and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what a classifier
+    that balances its classes keeps low.
+    """
+    def mean(names):
+        indices = [i for i in metric.present() if classes[i] in names]
+        return 100 * metric.mean(indices) if indices else None
+
+    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, metric.iou().tolist())},
+              "miou": mean(classes)}
+    if tuple(classes) == SYNTHIA_16:
+        result["miou13"] = mean(SYNTHIA_13)
+    result["rare"] = mean(RARE)
+    pixels = 100 * metric.confusion.double() / metric.confusion.sum().clamp(min=1)
+    predicted, true = pixels.sum(0), pixels.sum(1)  # (C,)
+    result["share"] = dict(zip(classes, zip(predicted.tolist(), true.tolist())))
+    result["histogram_distance"] = (predicted - true).abs().sum().item() / 2
+    return result
+
+
+# Title in tables: key in `scores`.
+MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare", "histogram distance %": "histogram_distance"}
+
+
+def score_table(columns):
+    """Text: one row per class, one column per model. columns: {title: scores(...)}."""
+    titles, results = list(columns), list(columns.values())
+    widths = [max(len(title), 7) for title in titles]
+    lines = [" " * 22 + "  ".join(title.rjust(width) for title, width in zip(titles, widths))]
+    names = list(dict.fromkeys(name for result in results for name in result["iou"]))
+    rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
+    rows += [(title, [result.get(key) for result in results]) for title, key in MEANS.items()]
+    for name, values in rows:
+        cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
+        lines.append(f"{name:22}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+    return "\n".join(lines)
+
+
+def colour_label(label, classes):
+    """Class indices (H, W) as a PIL picture in the official Cityscapes colours, ignored pixels black."""
+    return Image.fromarray(palette(classes)[np.asarray(label, np.uint8)])
+
+
+def to_picture(image):
+    """A normalised image (3, H, W) as a PIL picture."""
+    image = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def draw_panel(path, titles, rows, width=320):
+    """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide."""
+    height = round(width * rows[0][0].height / rows[0][0].width)
+    sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, 16 + len(rows) * (height + 4) - 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * (width + 4) + 4, 2), title, fill="black")
+        for line, row in enumerate(rows):
+            picture = row[column].resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (column * (width + 4), 16 + line * (height + 4)))
+    with writing(path) as temporary:
+        sheet.save(temporary)
+
+
+def comparison_panel(path, models, args, split="val", scenes=4):
+    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
+    dataset, classes, rows = target_dataset(args, split, labelled=True), task_classes(args.source), []
+    for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
+        item = dataset[index]
+        row = [to_picture(item["image"]), colour_label(item["label"], classes)]
+        for model in models.values():
+            model.eval()
+            image = item["image"][None].to(args.device)
+            pred = predict(model, image, image.shape[2:], args).argmax(1)[0].cpu()  # (H, W)
+            row.append(colour_label(torch.where(item["label"] == IGNORE, IGNORE, pred), classes))
+        rows.append(row)
+    if rank() == 0:
+        draw_panel(path, ["image", "truth", *models], rows)
+
+
+# ============================================ command line and run folder ============================================
+
+
+class BySource(dict):
+    """A default that depends on --source. argparse prints it in --help; `parse` picks the entry."""
+
+    def __str__(self):
+        texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in self.items()}
+        return ", ".join(f"{source} {text}" for source, text in texts.items())
+
+
+def by_source(toy, gta5, synthia=None):
+    """Defaults for the three sources; synthia's are gta5's unless given."""
+    return BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """argparse type: a finite number of that kind, int or float, from low to high (or above low)."""
+    def convert(text):
+        value = kind(text)  # argparse reports the ValueError
+        if not (math.isfinite(value) and low <= value <= high) or above and value == low:
+            bound = f"above {low}" if above else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}" + (f", at most {high}" if high < math.inf else ""))
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's own message
+    return convert
+
+
+count, natural = number(int, 1), number(int, 0, 2**63 - 1)  # argparse types: 1, 2, ...; 0, 1, 2, ...
+positive, weight, fraction = number(float, 0, above=True), number(float, 0), number(float, 0, 1)  # > 0; >= 0; in [0, 1]
+
+
+def height_width(text):
+    """argparse type: "512x1024" -> (512, 1024), rows first. Multiples of 8, so that grid and pixels agree, see `upsample`."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)) or int(height) % 8 or int(width) % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, such as 512x1024, in multiples of 8")
+    return int(height), int(width)
+
+
+def png_file(text):
+    """argparse type: the name of a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
+    return text
+
+
+def available_device(text):
+    """argparse type: "cuda" only where torch finds a GPU."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here, expected cpu")
+    return text
+
+
+def default_precision():
+    """bf16 on a CPU with bf16 instructions (see the README for what that gains), fp32 elsewhere."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if fast and not torch.cuda.is_available() else "fp32"
+
+
+def add_data_flags(parser):
+    """The flags that name a task and its data."""
+    add = parser.add_argument
+    add("--source", choices=("toy", "gta5", "synthia"), default="toy",
+        help="labelled source; the toy world needs nothing, the others adapt to Cityscapes")
+    add("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
+    add("--toy-world", type=natural, default=0, metavar="N", help="which world of the toy generator")
+    add("--toy-images", type=count, default=400, metavar="N", help="training images per domain of the toy world")
+
+
+def add_machine_flags(parser):
+    """The flags that say where to compute, and how."""
+    add = parser.add_argument
+    add("--device", type=available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")
+    add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
+    add("--workers", type=natural, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
+
+
+def shared_parser(doc, adapts=False):
+    """The parser with the flags that mean the same in every script; each file adds its paper's own.
+
+    doc: the script's docstring, whose first paragraph becomes the description. adapts: also those of every method.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add_data_flags(parser)
+    add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
+    add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
+    add("--backbone", choices=BACKBONES, default=by_source("resnet18", "resnet101"),
+        help="network under the DeepLabV2 head, or FCN8s on VGG16")
+    add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
+        help="its start: a torchvision state dict, torchvision's download, or random")
+    add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+        help="working size of target images, and of evaluation")
+    add("--source-size", type=height_width, metavar="HxW", default=by_source((80, 160), (720, 1280), (760, 1280)),
+        help="size to which source images are resized; --size, where only that is given")
+    add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+        help="random crop on which the network is trained; --size, where only that is given")
+    add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
+        help="range of the random scale in training; the smallest picture must hold the crop")
+    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("live", "frozen"),
+        help="while adapting: live; or frozen, with statistics estimated on the target or those of the source-only model")
+    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
+        help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
+    add("--head-lr", type=positive, metavar="X", default=by_source(1.0, 10.0),
+        help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
+    add("--batch-size", type=count, metavar="N", default=by_source(4, 2), help="images per step and domain, over all processes")
+    add("--seed", type=natural, default=0, metavar="N", help="of weights, data order and augmentation")
+    add_machine_flags(parser)
+    add("--log-every", type=count, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
+    add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
+    if adapts:
+        add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
+        add("--warmup-iterations", type=count, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
+        add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
+        add("--ramp", type=natural, metavar="T", default=by_source(40, 500),
+            help="steps over which the adaptation's learning rate rises")
+        add("--power", type=weight, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
+        add("--val-every", type=natural, default=0, metavar="N",
+            help="steps between two looks at the target's validation score, an oracle that chooses nothing; 0 for none")
+    return parser
+
+
+def parse(parser, argv=None):
+    """Parsed arguments with every default that depends on the source filled in."""
+    args = parser.parse_args(argv)
+    if args.source == "toy" and args.data_root:
+        parser.error("--data-root without --source gta5 or synthia: the toy world reads no data")
+    if not isinstance(getattr(args, "size", None), (BySource, type(None))):
+        for key in ("source_size", "crop"):
+            if isinstance(getattr(args, key), BySource):
+                setattr(args, key, args.size)
+    for key, value in vars(args).items():
+        if isinstance(value, BySource):
+            setattr(args, key, value[args.source])
+    if args.source == "toy" and hasattr(args, "size"):
+        args.source_size = args.size
+    if hasattr(args, "scale_jitter") and args.scale_jitter[0] > args.scale_jitter[1]:
+        parser.error(f"--scale-jitter {args.scale_jitter[0]} {args.scale_jitter[1]}: expected LOW HIGH")
+    return args
+
+
+def as_typed(key, value):
+    """A setting as it is typed: --size 80x160, --no-focal, --lr 0.001."""
+    flag = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, list):
+        return f"--{flag} " + ("x" if all(isinstance(v, int) for v in value) else " ").join(map(str, value))
+    return f"--{flag} {value}" if value is not None else f"no --{flag}"
+
+
+def ramp(step, args):
+    """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
+
+    Without it the first steps of a fresh optimizer, whose statistics are still those of one batch, throw the network about.
+    """
+    return min(1.0, step / max(args.ramp, 1))
+
+
+class Run:
+    """The folder of one run: args.json, log.jsonl, checkpoints, panel.png, result.json. No other run may write to it.
+
+    Also holds what every loop asks between two steps: whether to log, to save, to stop, and the time spent.
+    """
+
+    def __init__(self, method, args):
+        self.method, self.args, self.interrupted = method, args, False
+        self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
+        self.seconds_before, self.started = 0.0, time.time()
+        check_data(args)
+        start_processes(args)
+        torch.manual_seed(args.seed)
+        settings = {"method": method, **vars(args)}
+        lines = self.check_resume(settings) if args.resume else []
+        if not args.resume and self.folder.is_dir() and any(self.folder.glob("*.pt")):
+            raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
+        if rank() == 0:
+            self.lock = lock_folder(self.folder)
+            with writing(self.folder / "log.jsonl") as temporary:  # again, because the file may end in half a line
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_json(self.folder / "args.json", settings)
+            print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
+        if lines:
+            self.seconds_before = lines[-1]["seconds"]
+        if world_size() == 1:
+            signal.signal(signal.SIGINT, self.interrupt)
+        else:
+            dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
+
+    def check_resume(self, settings):
+        """The log's lines. InputError where --resume finds no run, or one with other arguments; some may change."""
+        if not (self.folder / "args.json").exists():
+            raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
+        before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(settings))
+        if not isinstance(before, dict):
+            raise InputError(f"{self.folder / 'args.json'}: expected the settings of a run")
+        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")
+        changed = [as_typed(k, before.get(k)) for k in now if k not in free and now[k] != before.get(k)]
+        if changed:
+            raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
+        return self.logged()
+
+    def interrupt(self, *_):
+        """First Ctrl-C: finish the step, save, stop. Second: stop at once. (Several processes: they die and resume.)"""
+        self.interrupted = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def seconds(self):
+        """Seconds of work on this run so far, earlier sessions included."""
+        return self.seconds_before + time.time() - self.started
+
+    def time_to_log(self, step, steps):
+        """Whether `log_step` writes a line after this step: every `log_every` steps and at the end."""
+        return step % self.args.log_every == 0 or step == steps
+
+    def time_to_save(self, step, steps):
+        """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
+        return step % self.args.save_every == 0 or step == steps or self.interrupted
+
+    def log_step(self, stage, step, steps, **values):
+        """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
+
+        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved, because
+        reading them makes the processor wait for the GPU.
+        """
+        logged = self.time_to_log(step, steps)
+        if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
+            return
+        values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise InputError(f"{stage} step {step}: not finite ({terms}); {self.last_checkpoint()}")
+        if logged:
+            self.log(stage, f"{step}/{steps}", **values)
+
+    def last_checkpoint(self):
+        """What is left after a run has failed, for its message."""
+        files = sorted(self.folder.glob("*.pt"), key=lambda path: path.stat().st_mtime)
+        return f"the last checkpoint, {files[-1]}, is intact" if files else "there is no checkpoint yet"
+
+    def log(self, stage, step="", **values):
+        """One line on the screen and one object in log.jsonl."""
+        if rank() == 0:
+            entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error}); {self.last_checkpoint()}") from error
+            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
+
+    def logged(self):
+        """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave at the end."""
+        path, lines = self.folder / "log.jsonl", []
+        texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for number, text in enumerate(texts, 1):
+            try:
+                lines.append(json.loads(text))
+                lines[-1]["seconds"]
+            except (ValueError, TypeError, KeyError) as error:
+                if number == len(texts):
+                    return lines[:number - 1]
+                raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
+        return lines
+
+    def validate(self, stage, step, steps, model, views):
+        """Every `val_every` steps the target's validation mIoU in the log, of a copy with batch norm settled on `views`.
+
+        It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as what it is, an oracle.
+        """
+        if self.args.val_every and (step % self.args.val_every == 0 or step == steps):
+            copied = copy.deepcopy(model)
+            settle_batch_norm(copied, views, self.args)
+            self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
+
+    def save(self, file, step, model, **parts):
+        """Writes a checkpoint atomically; after Ctrl-C ends the program.
+
+        It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout) and
+        the state_dict of each named part. Tensors, numbers, strings and plain dicts.
+        """
+        args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
+        if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
+            raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
+        contents = {"method": self.method, "source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images,
+                    "backbone": args.backbone, "size": list(args.size), "classes": list(task_classes(args.source)),
+                    "network": getattr(args, "head", "deeplab"), "step": step, "random": torch.get_rng_state(), **states}
+        if rank() == 0:
+            with writing(self.folder / file) as temporary:
+                torch.save(contents, temporary)
+        if self.interrupted:
+            sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
+
+    def load(self, file, model, **parts):
+        """Restores what `save` stored and returns its step; without --resume or such a file nothing happens, the step is 0."""
+        path = self.folder / file
+        if not (self.args.resume and path.exists()):
+            return 0
+        saved = read_checkpoint(path)
+        unpack_model(saved, path, model)
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["random"])
+            return int(saved["step"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{path}: not the checkpoint of a run with these arguments ({type(error).__name__}: {reason})") from error
+
+    def finish(self, columns, own=None, **meters):
+        """Prints the table of {title: scores}; writes result.json: all columns, and on top those of `own`, what last.pt scores.
+
+        own: the last column if not given. meters: {name: number}, what a method measures of its own idea.
+        """
+        own = own or list(columns)[-1]
+        if rank() == 0:
+            peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
+            result = {**columns[own], "own": own, "columns": columns, "meters": meters, "seconds": round(self.seconds(), 1),
+                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
+            looks = [line for line in self.logged() if "val_miou" in line]
+            if looks:
+                best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
+                print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} "
+                      f"({best['stage']} {best['step']})")
+            write_json(self.folder / "result.json", result)
+            for name, value in meters.items():
+                print(f"{name}: {value:.4g}")
+            print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
+                  f"written to {self.folder}", flush=True)
+
+
+def check_data(args):
+    """Opens the folders of source and target, so that what is missing is said before any training."""
+    source_dataset(args)
+    for split in ("train", "val"):
+        target_dataset(args, split)
+
+
+def lock_folder(folder):
+    """Makes a run folder and takes its lock, which ends with the process; InputError where another run holds it.
+
+    Windows has no such lock; there nothing is checked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); --out names a folder") from error
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{folder}: another run is writing there; choose another --out") from error
+    return lock
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes, 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions():
+    """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs ({platform.machine()})"
+    return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {device}"
+
+
+def read_checkpoint(path):
+    """Contents of a file of tensors and plain values, on the CPU. Cannot execute code; InputError if unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected a checkpoint") from error
+    except Exception as error:  # a damaged or foreign file can fail in any way inside the unpickler
+        raise InputError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
+
+
+def load_weights(model, state, path, what):
+    """Strict load_state_dict of finite weights; InputError that names the file where names, shapes or values do not fit."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: does not fit {what} ({reason})") from error
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        raise InputError(f"{path}: holds weights that are not finite")
+
+
+def unpack_model(checkpoint, path, model=None):
+    """The network of a checkpoint of any method, or `model` with its weights; InputError if the file is not one of ours."""
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
+    kinds = {"method": str, "source": str, "toy_world": int, "toy_images": int, "backbone": str, "classes": list, "size": list,
+             "network": str, "model": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+    if not wrong:
+        wrong += ["source"] * (checkpoint["source"] not in ("toy", "gta5", "synthia"))
+        wrong += ["classes"] * (checkpoint["classes"] != list(task_classes(checkpoint["source"])))
+        wrong += ["size"] * (len(checkpoint["size"]) != 2 or not all(isinstance(s, int) and s > 0 for s in checkpoint["size"]))
+    if wrong:
+        raise InputError(f"{path}: not a checkpoint of this project (no proper {', '.join(wrong)} in it)")
+    if model is None:
+        if checkpoint["network"] != "deeplab":  # cpsl.py --head proda
+            raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only the script that trained it can rebuild")
+        model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
+    load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
+    return model
+
+
+def load_model(path, args):
+    """The network of a checkpoint, on the device that computes."""
+    return unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
+
+
+def load_init(model, args, run):
+    """Starts `model` from the checkpoint args.init of a source_only.py run; keeps a copy of it in the run folder."""
+    saved = read_checkpoint(args.init)
+    given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
+    if saved["method"] != "source_only":
+        raise InputError(f"{args.init}: a checkpoint of {saved['method']}; expected one of source_only.py without --oracle")
+    keys = ("source", "toy_world", "backbone")
+    wrong = [key for key in keys if saved[key] != getattr(args, key)]
+    if wrong:
+        raise InputError(f"{args.init}: trained with " + ", ".join(as_typed(key, saved[key]) for key in wrong)
+                         + "; this run has " + ", ".join(as_typed(key, getattr(args, key)) for key in wrong))
+    model.load_state_dict(given.state_dict())
+    run.save("source_only.pt", 0, model)
+
+
+def write_pseudo_labels(folder, labelled, args):
+    """Writes pseudo-labels as PNGs into `folder`, one per image under its name.
+
+    labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log shows: the
+    share of pixels kept and, in the toy world only, their accuracy against the truth, which is looked at here and used nowhere.
+    """
+    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
+    for batch, pseudo in labelled:
+        pseudo = pseudo.byte().cpu()
+        for name, values in zip(batch["name"], pseudo):
+            write_label(Path(folder) / f"{name}.png", values.numpy(), task_classes(args.source))
+        total += pseudo.numel()
+        kept += (pseudo != IGNORE).sum()
+        if "label" in batch:
+            right += ((pseudo == batch["label"]) & (pseudo != IGNORE)).sum()
+    # The sum also waits until all processes have written.
+    total, kept, right = all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
+    return {"kept": kept / total, **({"accuracy": right / max(kept, 1)} if args.source == "toy" else {})}
+
+
+def run(main):
+    """Calls a script's main(); an InputError, Ctrl-C or a file that cannot be used ends it with one line, no traceback."""
+    try:
+        main()
+    except InputError as error:
+        # An error raised in a loader process arrives with that process's traceback in front of it.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped at once; the same command with --resume goes on from the last checkpoint")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ================================================= several processes =================================================
+# Under torchrun every process runs the whole script on its share of each batch and of each data set. Gradients are averaged
+# by DistributedDataParallel: losses are means over each process's own pixels, so the average differs from one process's loss
+# where processes have different numbers of valid pixels. What is counted (statistics, histograms, confusion) is summed exactly.
+
+
+def rank():
+    """Number of this process under torchrun, else 0. Only process 0 writes files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes under torchrun, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(args):
+    """Joins the other processes if torchrun started this one, and takes its GPU."""
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cudnn.benchmark = True
+
+
+def distribute(module):
+    """The module as training must call it: under torchrun wrapped so that backward() averages gradients over the processes.
+
+    Everything else (evaluation, copies, checkpoints) uses the bare module, whose weights are the same.
+    """
+    if world_size() == 1:
+        return module
+    if next(module.parameters()).device.type == "cpu" and live_batch_norms(module):
+        raise InputError("several processes on CPUs need --batch-norm frozen or target and --init (or a network without batch "
+                         "norm): torch synchronises live batch norm on GPUs only")
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def all_sum(tensor):
+    """Sum of a tensor over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ================================================== looking at data ==================================================
+
+
+def describe(title, dataset, classes, samples):
+    """Prints a data set's number of images, sizes, class shares, broken files, and what else looks wrong.
+
+    Returns four rows (image, label) to look at, and what is wrong with each file that could not be used.
+    """
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples or len(dataset), len(dataset))).astype(int)).tolist()
+    counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
+    for index in chosen:
+        try:
+            item = dataset[index]
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        size = "x".join(map(str, item["image"].shape[1:]))
+        sizes[size] = sizes.get(size, 0) + 1
+        if "label" in item:
+            counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
+        if len(rows) < 4:
+            picture = to_picture(item["image"])
+            rows.append([picture, colour_label(item["label"], classes) if "label" in item else Image.new("RGB", picture.size)])
+    labels = len(dataset) if counts.any() else "no"
+    print(f"{title}: {len(dataset)} images, {labels} labels; {len(chosen)} read, sizes "
+          + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
+    if counts.any():
+        for name, pixels in [*zip(classes, counts), ("ignored", counts[IGNORE])]:
+            print(f"    {name:14}{100 * pixels / counts.sum():6.2f} %")
+    if broken:
+        print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
+    if hasattr(dataset, "images"):
+        for line in suspicions(dataset, [i for i in chosen if i < len(dataset.images)]):
+            print(f"    look: {line}")
+    return rows, broken
+
+
+def suspicions(dataset, chosen):
+    """Lines on what a data set of files silently leaves out or may have got wrong, judged by the chosen indices."""
+    used, lines = set(dataset.images), []
+    others = [path for folder in sorted({path.parent for path in used}) for path in sorted(folder.iterdir())
+              if path not in used and path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if others:
+        lines.append(f"{len(others)} files that are not read, such as {others[0]}; names must be like {dataset.images[0].name}")
+    if dataset.labels is None:
+        return lines
+    different, ids = [], set()
+    for index in chosen:
+        with contextlib.suppress(InputError, OSError):  # broken files have been counted
+            with Image.open(dataset.images[index]) as image, Image.open(dataset.labels[index]) as label:
+                if image.size != label.size:
+                    different.append(index)
+            if not isinstance(dataset, Synthia):
+                ids.update(np.unique(read_label(dataset.labels[index])).tolist())
+    if different:
+        lines.append(f"{len(different)} of {len(chosen)} labels have another size than their image, such as "
+                     f"{dataset.labels[different[0]]}; they are resized")
+    if ids == {IGNORE}:
+        lines.append(f"every pixel of the labels is 255, such as in {dataset.labels[0]}; expected Cityscapes labelIds")
+    elif ids and max(ids - {IGNORE}) < len(CLASSES):
+        lines.append(f"no label id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[0]}; expected "
+                     f"Cityscapes labelIds (road is 7, car is 26)")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a source and its target before training on them.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_data_flags(parser)
+    parser.add_argument("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
+    parser.add_argument("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview")
+    args = parse(parser)
+    classes = task_classes(args.source)
+    # Without a size each image and label is read as it stands in its file.
+    args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
+    source_rows, source_broken = describe("source train", source_dataset(args), classes, args.samples)
+    _, train_broken = describe("target train", target_dataset(args, "train"), classes, args.samples)
+    target_rows, val_broken = describe("target val", target_dataset(args, "val"), classes, args.samples)
+    if rows := source_rows + target_rows:
+        draw_panel(args.picture, ["image", "label"], rows)
+        print(f"{len(source_rows)} source and {len(target_rows)} target scenes drawn into {args.picture}")
+    if broken := source_broken + train_broken + val_broken:
+        raise InputError(broken[0])
+
+
+# =================================================== the toy world ===================================================
 
 
 class ToyStreets(Dataset):
@@ -341,7 +1535,7 @@ class ToyStreets(Dataset):
         image, label = toy_picture(self.world, self.domain, self.split, index, tuple(self.size))
         name = f"toy_{self.domain}_{self.split}_{index:04d}"
         if self.label_dir is not None:
-            label = stored_label(self.label_dir, name)
+            label = read_label(Path(self.label_dir) / f"{name}.png")
         elif not self.labelled:
             label = None
         return make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
@@ -592,1086 +1786,6 @@ def draw_street(rng, style, size):
         blurred = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6 * strength))
         picture = np.array(blurred, np.float32) + rng.normal(0, 2 + 4 * strength, (*size, 3))
     return np.clip(picture, 0, 255).astype(np.uint8), label
-
-
-# ============================================ augmentation and batches ============================================
-
-
-def training_augment(size, crop, scale, jitter=0.3):
-    """Random scale (of `size`), crop, flip and colour jitter as one function (image, label or None) -> the same.
-
-    image uint8 (3, H, W), label uint8 (H, W). Where the scaled picture is smaller than `crop` it is padded, the label
-    with 255. scale None: no scaling. Draws from torch's global generator, which `Batches` seeds for every item.
-    What is returned can be pickled, as loader processes need it where they are not forked.
-    """
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
-
-    if crop[0] > size[0] or crop[1] > size[1]:
-        raise InputError(f"--crop {crop[0]}x{crop[1]} is larger than images of {size[0]}x{size[1]} (--size, --source-size)")
-    transform = v2.Compose([
-        v2.ScaleJitter(target_size=size[::-1], scale_range=scale, antialias=True) if scale else v2.Identity(),  # (W, H) here
-        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6),
-    ])
-
-    return functools.partial(apply_augment, transform)
-
-
-def apply_augment(transform, image, label):
-    """The transform on an image and, if there is one, its label."""
-    from torchvision import tv_tensors
-
-    if label is None:
-        return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
-    image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
-    return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
-
-
-def with_padding_mask(augment):
-    """`augment` for images without a label: they get one after all, 0 inside the picture and 255 where it is padded."""
-    return functools.partial(augment_blank, augment)
-
-
-def augment_blank(augment, image, label):
-    """`augment` of an image with a label of zeros."""
-    return augment(image, torch.zeros(image.shape[1:], dtype=torch.uint8))
-
-
-class Batches(Dataset):
-    """Item number `step` is the whole batch of that training step, a function of (seed, step) alone.
-
-    So a run that resumes at step k sees exactly the batches of one that was never interrupted, with any number of
-    workers. Every epoch is a new permutation. Under torchrun each process gets its share of the global batch.
-    """
-
-    def __init__(self, dataset, batch_size, seed):
-        if batch_size % world_size():
-            raise InputError(f"--batch-size {batch_size} cannot be split over {world_size()} processes")
-        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.share = range(batch_size * rank() // world_size(), batch_size * (rank() + 1) // world_size())
-
-    def __getitem__(self, step):
-        items = []
-        for k in self.share:
-            n = step * self.batch_size + k  # number of this picture in the whole run
-            epoch, position = divmod(n, len(self.dataset))
-            order = torch.Generator().manual_seed(mix_seed(self.seed, 0, epoch))
-            index = torch.randperm(len(self.dataset), generator=order)[position].item()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix_seed(self.seed, 1, n))
-                items.append(self.dataset[index])
-        return default_collate(items)
-
-
-def mix_seed(*numbers):
-    """A well-mixed 64-bit seed from several small non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
-def generator(args, purpose, step):
-    """Random generator that is a function of (seed, purpose, step): a resumed run draws what an uninterrupted one drew.
-
-    It is the same in all processes; what belongs to the images of a batch is drawn by `draw`.
-    """
-    return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step))
-
-
-def draw(shape, generator):
-    """Uniform random numbers (N, ...) for this process's N images: its share of those drawn for the whole batch."""
-    return torch.rand(world_size(), *shape, generator=generator, device=generator.device)[rank()]
-
-
-def training_batches(dataset, args, seed, start, stop):
-    """Iterator over the batches of the steps start..stop-1, decoded by args.workers processes."""
-    return iter(DataLoader(Batches(dataset, args.batch_size, seed), batch_size=None, sampler=range(start, stop),
-                           num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator(),
-                           worker_init_fn=ignore_interrupt))
-
-
-def evaluation_loader(dataset, args):
-    """Every picture of a data set once, in order (under torchrun each process has every n-th picture)."""
-    batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
-    return DataLoader(dataset, batch_size, sampler=range(rank(), len(dataset), world_size()), num_workers=args.workers,
-                      pin_memory=args.device == "cuda", generator=torch.Generator(), worker_init_fn=ignore_interrupt)
-
-
-def ignore_interrupt(_):
-    """Ctrl-C reaches loader processes too; they go on, because the main process wants to finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# =================================================== DeepLabV2 ===================================================
-
-
-class DeepLabV2(nn.Module):
-    """DeepLabV2 (Chen et al., arXiv 1606.00915) on torchvision's ResNet-18/50/101 or VGG16, output stride 8.
-
-    `forward(images (N, 3, H, W))` returns `(features (N, D, h, w), logits (N, C, h, w))`. The head is four parallel
-    3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
-    code a misplaced `return` leaves the last two out). Resize the logits with `upsample`. A ResNet's max-pooling rounds
-    sizes down, as torchvision's weights were trained, so that 512x1024 gives a grid of 64x128; the papers' code rounds
-    up, to 65x129.
-
-    weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
-              of this backbone. A file that does not fit is an InputError.
-    """
-
-    def __init__(self, num_classes, backbone="resnet101", weights="none"):
-        super().__init__()
-        net = torchvision_network(backbone, weights)
-        if backbone == "vgg16":
-            self.backbone, self.feature_dim = vgg16_stride_8(net), 1024
-        else:
-            dilate(net.layer3, 2)
-            dilate(net.layer4, 4)
-            self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
-                                          net.layer1, net.layer2, net.layer3, net.layer4)
-            self.feature_dim = net.fc.in_features
-        self.classifier = nn.ModuleList(
-            nn.Conv2d(self.feature_dim, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
-        for branch in self.classifier:
-            nn.init.normal_(branch.weight, std=0.01)
-
-    def forward(self, images):
-        features = self.backbone(images)  # (N, 3, H, W) -> (N, D, h, w)
-        logits = sum(branch(features) for branch in self.classifier)  # (N, D, h, w) -> (N, C, h, w)
-        return features, logits
-
-    def train(self, mode=True):
-        """As nn.Module.train, but batch norms frozen by `freeze_batch_norm` stay in evaluation mode."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
-                module.eval()
-        return self
-
-
-def torchvision_network(backbone, weights):
-    """torchvision's classification network of that name; `weights` as for DeepLabV2."""
-    import torchvision
-
-    builders = {name: getattr(torchvision.models, name) for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
-    if backbone not in builders:
-        raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
-    # From random weights a ResNet learns much faster if every residual block starts as the identity.
-    start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
-    try:
-        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
-    except OSError as error:
-        raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
-    if weights not in ("imagenet", "none"):
-        load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
-    return net
-
-
-def dilate(stage, dilation):
-    """Removes the stride of a ResNet stage and dilates its 3x3 convolutions: same field of view, finer grid."""
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
-
-
-def vgg16_stride_8(net):
-    """VGG16's convolutions without pool4 and pool5, conv5 dilated by 2, then two 3x3 convolutions of 1024 channels.
-
-    The form of the SDCA and FADA code; the two last convolutions start at random, not from VGG's classifier.
-    """
-    layers = [layer for i, layer in enumerate(net.features) if i not in (23, 30)]  # pool4, pool5
-    for layer in layers[-6:]:  # conv5_1 .. conv5_3
-        if isinstance(layer, nn.Conv2d):
-            layer.dilation = layer.padding = (2, 2)
-    for channels in (512, 1024):
-        layers += [nn.Conv2d(channels, 1024, 3, padding=4, dilation=4), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
-
-
-class FCN8s(nn.Module):
-    """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
-
-    `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
-    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j lies
-    at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
-
-    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its VGG sees
-    images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with Caffe's factors
-    pool3 would never learn. Both factors are therefore 255 * 0.226 = 58 times as large here. (Not measured on real data.)
-    """
-
-    def __init__(self, num_classes, weights="none"):
-        super().__init__()
-        net = torchvision_network("vgg16", weights)
-        layers = list(net.features)
-        layers[0].padding = (100, 100)  # so that fc6 fits on an image of any size and the crops below have room
-        for layer in layers:
-            if isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode = True
-        fc6, fc7 = nn.Conv2d(512, 4096, 7), nn.Conv2d(4096, 4096, 1)
-        for convolution, linear in ((fc6, net.classifier[0]), (fc7, net.classifier[3])):
-            convolution.weight = nn.Parameter(linear.weight.detach().view_as(convolution.weight))
-            convolution.bias = linear.bias
-        top = [fc6, nn.ReLU(inplace=True), nn.Dropout2d(0.5), fc7, nn.ReLU(inplace=True), nn.Dropout2d(0.5)]
-        self.backbone = nn.ModuleList([nn.Sequential(*layers[:17]), nn.Sequential(*layers[17:24]),  # to pool3, to pool4
-                                       nn.Sequential(*layers[24:], *top)])
-        self.feature_dim = 4096
-        self.classifier = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in (256, 512, 4096))
-        for score in self.classifier:
-            nn.init.zeros_(score.weight)
-            nn.init.zeros_(score.bias)
-        self.enlarge = nn.ModuleList(bilinear_enlargement(num_classes, factor) for factor in (8, 2, 2))
-
-    def forward(self, images):
-        H, W = images.shape[2:]
-        pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
-        pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
-        fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
-        score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
-        coarse = self.classifier[2](fc7)
-        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits are not rounded to bf16
-            score = self.enlarge[2](coarse.float())  # stride 16
-            score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
-            score = self.enlarge[1](score)  # stride 8
-            score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
-            logits = self.enlarge[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
-        return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
-
-
-def bilinear_enlargement(channels, factor):
-    """Transposed convolution that enlarges each channel bilinearly by `factor`. It never learns."""
-    kernel = 1 - (torch.arange(2 * factor) + 0.5 - factor).abs() / factor  # a triangle
-    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, groups=channels, bias=False).requires_grad_(False)
-    layer.weight.copy_((kernel[:, None] * kernel).expand_as(layer.weight))
-    return layer
-
-
-BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16", "vgg16-fcn8s")
-
-
-def build_network(num_classes, backbone, weights="none"):
-    """DeepLabV2 on that backbone, or FCN8s for "vgg16-fcn8s"."""
-    return FCN8s(num_classes, weights) if backbone == "vgg16-fcn8s" else DeepLabV2(num_classes, backbone, weights)
-
-
-def freeze_batch_norm(model):
-    """From now on every batch norm uses its running statistics, and neither they nor its affine part change.
-
-    A residual block that starts as the identity, see torchvision_network, could then never learn: it starts with a small weight.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
-            module.weight.masked_fill_(~module.weight.any(), 0.2)
-    model.train(model.training)
-
-
-@torch.no_grad()
-def adapt_batch_norm(model, args, images=400):
-    """Replaces live batch norms' running statistics by their averages over augmented target training images.
-
-    Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779), and a comparison without it
-    would credit a method that trains with live batch norm with it. The images are augmented as in training, so
-    that the statistics fit weights that were trained on such images. Frozen norms stay as they are.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad]
-    if not norms:
-        return
-    augment = training_augment(args.size, args.crop, args.scale_jitter)
-    dataset = target_dataset(args, "train", augment)
-    steps = math.ceil(min(images, len(dataset)) / args.batch_size)
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # cumulative average
-    model.train()
-    for batch in training_batches(dataset, args, seed=0, start=0, stop=steps):
-        with autocast(args.device, args.precision):
-            model(batch["image"].to(args.device, memory_format=torch.channels_last))
-    for module in norms:
-        module.momentum = 0.1
-        module.running_mean.copy_(average(module.running_mean))
-        module.running_var.copy_(average(module.running_var))
-    model.eval()
-
-
-def upsample(logits, size):
-    """(N, C, h, w) -> (N, C, H, W), bilinear with aligned corners as in the papers' code."""
-    return logits if logits.shape[2:] == size else F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-
-
-def grid_labels(label, size):
-    """(N, H, W) -> (N, h, w) by nearest neighbour: at stride 8 the top left pixel of each cell."""
-    return F.interpolate(label[:, None].float(), size=size, mode="nearest")[:, 0].long()
-
-
-def as_pixels(maps):
-    """(N, D, h, w) -> (N h w, D): the order in which labels (N, h, w) flatten."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def autocast(device, precision):
-    """Context in which the network computes in `precision`: fp32 or bf16."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-
-
-# ============================================ evaluation and pictures ============================================
-
-
-class MeanIoU:
-    """One confusion matrix over a whole split, on the tensors' own device.
-
-    `update(pred, label)` takes two integer tensors of the same shape, any shape, any device. `iou()` is (C,) with NaN
-    where a class is in neither prediction nor label, `mean(indices)` the mean over some classes or all, without the
-    NaNs. Pixels whose label is 255 do not count.
-    """
-
-    def __init__(self, num_classes):
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: label, columns: prediction
-
-    def update(self, pred, label):
-        if pred.shape != label.shape:
-            raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
-        classes = len(self.confusion)
-        valid = label != IGNORE
-        pred, label = pred[valid].long(), label[valid].long()
-        if len(pred) and not (0 <= min(pred.min(), label.min()) and max(pred.max(), label.max()) < classes):
-            raise ValueError(f"a prediction or label is not one of {classes} classes")
-        pairs = label * classes + pred
-        counts = torch.bincount(pairs, minlength=classes * classes)
-        self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
-
-    def iou(self):
-        hit = self.confusion.diagonal().double()
-        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)  # 0 / 0 = NaN
-
-    def mean(self, indices=None):
-        iou = self.iou()
-        return (iou if indices is None else iou[list(indices)]).nanmean().item()
-
-    def present(self):
-        """Indices of the classes that occur in the labels."""
-        return self.confusion.sum(1).nonzero()[:, 0].tolist()
-
-
-@torch.no_grad()
-def predict(model, images, size, precision="fp32", scales=(1.0,), flip=False):
-    """Class probabilities (N, C, H, W) at `size`, averaged over `scales` of the input and, if asked, mirror images."""
-    total = 0
-    for scale in scales:
-        scaled = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
-        for mirrored in (False, True)[: 1 + flip]:
-            with autocast(images.device, precision):
-                _, logits = model(scaled.flip(3) if mirrored else scaled)
-            logits = logits.float().flip(3) if mirrored else logits.float()
-            total = total + upsample(logits, size).softmax(1)
-    return total / (len(scales) * (1 + flip))
-
-
-def predictions(model, dataset, args, flip=False):
-    """Every batch of this process's share of a data set, its image on the device, with its probabilities (N, C, H, W)."""
-    for batch in evaluation_loader(dataset, args):
-        image = batch["image"] = batch["image"].to(args.device, memory_format=torch.channels_last)
-        yield batch, predict(model, image, image.shape[2:], args.precision, flip=flip)
-
-
-def evaluate(model, loader, num_classes, device, precision="fp32", scales=(1.0,), flip=False, visit=None):
-    """MeanIoU of a model over a loader, at the labels' own resolution. `visit(names, pred)` sees every prediction."""
-    was_training = model.training
-    model.eval()
-    metric = MeanIoU(num_classes)
-    for batch in loader:
-        label = batch["label"].to(device)
-        prob = predict(model, batch["image"].to(device), label.shape[1:], precision, scales, flip)  # (N, C, H, W)
-        pred = prob.max(1).indices  # (N, H, W); on a CPU much faster than argmax
-        metric.update(pred, label)
-        if visit is not None:
-            visit(batch["name"], pred)
-    model.train(was_training)
-    metric.confusion = all_sum(metric.confusion.to(device))
-    return metric
-
-
-def evaluate_target(model, args, split="val", **options):
-    """`scores` of a model on a split of the target, labels at full resolution; options as for `evaluate`."""
-    classes = task_classes(args.source)
-    loader = evaluation_loader(target_dataset(args, split, labelled=True, full_label=True), args)
-    return scores(evaluate(model, loader, len(classes), args.device, args.precision, **options), classes)
-
-
-def evaluate_source_only(model, args):
-    """Table columns of a source-only model: as it is, and with batch-norm statistics re-estimated on the target."""
-    columns, adapted = {"source only": evaluate_target(model, args)}, copy.deepcopy(model)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        for parameter in adapted.parameters():
-            parameter.requires_grad_(True)  # so that frozen norms take part
-        adapt_batch_norm(adapted, args)
-        columns["+ BN target"] = evaluate_target(adapted, args)
-    return columns
-
-
-def compare_with_source_only(models, args, run, source_model=None):
-    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
-
-    source_model: that model, where it cannot be rebuilt from the run folder.
-    """
-    if source_model is None:
-        source_model = load_model(run.folder / "source_only.pt", args)
-    run.finish({**evaluate_source_only(source_model, args), **{title: evaluate_target(m, args) for title, m in models.items()}})
-    comparison_panel(run.folder / "panel.png", {"source only": source_model, **models}, args)
-
-
-def scores(metric, classes):
-    """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
-
-    `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
-    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
-    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as predicted
-    and in truth; `misplaced` is half the sum of their differences, what a classifier that balances its classes keeps low.
-    """
-    def mean(names):
-        indices = [i for i in metric.present() if classes[i] in names]
-        return 100 * metric.mean(indices) if indices else None
-
-    result = {"iou": {name: None if math.isnan(v) else 100 * v for name, v in zip(classes, metric.iou().tolist())},
-              "miou": mean(classes)}
-    if tuple(classes) == SYNTHIA_16:
-        result["miou13"] = mean(SYNTHIA_13)
-    result["rare"] = mean(RARE)
-    pixels = 100 * metric.confusion.double() / metric.confusion.sum().clamp(min=1)
-    predicted, true = pixels.sum(0), pixels.sum(1)  # (C,)
-    result["share"] = dict(zip(classes, zip(predicted.tolist(), true.tolist())))
-    result["misplaced"] = (predicted - true).abs().sum().item() / 2
-    return result
-
-
-MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare", "misplaced %": "misplaced"}  # title in tables: key in `scores`
-
-
-def score_table(columns):
-    """Text: one row per class, one column per model. columns: {title: scores(...)}."""
-    titles, results = list(columns), list(columns.values())
-    widths = [max(len(title), 7) for title in titles]
-    lines = [" " * 14 + "  ".join(title.rjust(width) for title, width in zip(titles, widths))]
-    names = list(dict.fromkeys(name for result in results for name in result["iou"]))
-    rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
-    rows += [(title, [result.get(key) for result in results])
-             for title, key in MEANS.items()]
-    for name, values in rows:
-        cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
-        lines.append(f"{name:14}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-    return "\n".join(lines)
-
-
-def colour_label(label, classes):
-    """Class indices (H, W) as a PIL picture in the official Cityscapes colours, ignored pixels black."""
-    return Image.fromarray(palette(classes)[np.asarray(label, np.uint8)])
-
-
-def to_picture(image):
-    """A normalised image (3, H, W) as a PIL picture."""
-    image = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def draw_panel(path, titles, rows, width=320):
-    """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide.
-
-    The folder of `path` is made where it is missing.
-    """
-    height = round(width * rows[0][0].height / rows[0][0].width)
-    sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, 16 + len(rows) * (height + 4) - 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((column * (width + 4) + 4, 2), title, fill="black")
-        for line, row in enumerate(rows):
-            picture = row[column].resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * (width + 4), 16 + line * (height + 4)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def comparison_panel(path, models, args, split="val", scenes=4):
-    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
-    dataset, classes, rows = target_dataset(args, split, labelled=True), task_classes(args.source), []
-    for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
-        item = dataset[index]
-        row = [to_picture(item["image"]), colour_label(item["label"], classes)]
-        for model in models.values():
-            model.eval()
-            image = item["image"][None].to(args.device)
-            pred = predict(model, image, image.shape[2:], args.precision).argmax(1)[0].cpu()  # (H, W)
-            row.append(colour_label(torch.where(item["label"] == IGNORE, IGNORE, pred), classes))
-        rows.append(row)
-    if rank() == 0:
-        draw_panel(path, ["image", "truth", *models], rows)
-
-
-# ====================================== command line, run folder, checkpoints ======================================
-
-
-class BySource(dict):
-    """A default that depends on --source. argparse prints it in --help; `parse` picks the entry."""
-
-    def __str__(self):
-        texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in self.items()}
-        return ", ".join(f"{source} {text}" for source, text in texts.items())
-
-
-def by_source(toy, gta5, synthia=None):
-    """Defaults for the three sources; synthia's are gta5's unless given."""
-    return BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
-
-
-def shared_parser(doc, adapts=False):
-    """The parser with the flags that mean the same in every script; each file adds its paper's own.
-
-    doc: the script's docstring, whose first paragraph becomes the description. adapts: also those of every method.
-    """
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--source", choices=("toy", "gta5", "synthia"), default="toy",
-        help="labelled source; the toy world needs nothing, the others adapt to Cityscapes")
-    add("--data-root", metavar="DIR",
-        help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
-    add("--toy-world", type=natural_number, default=0, metavar="N", help="which world of the toy generator")
-    add("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world")
-    add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
-    add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
-    add("--backbone", choices=BACKBONES, default=by_source("resnet18", "resnet101"),
-        help="network under the DeepLabV2 head, or FCN8s on VGG16")
-    add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
-        help="its start: a torchvision state dict, torchvision's download, or random")
-    add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
-        help="working size of target images, and of evaluation")
-    add("--source-size", type=height_width, metavar="HxW", default=by_source((80, 160), (720, 1280), (760, 1280)),
-        help="size to which source images are resized; --size, where only that is given")
-    add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
-        help="random crop on which the network is trained; --size, where only that is given")
-    add("--scale-jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
-        help="range of the random scale in training; below 1 pictures may be smaller than the crop and are padded")
-    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
-        help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
-    add("--head-lr", type=float, metavar="X", default=by_source(1.0, 10.0),
-        help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
-    add("--batch-size", type=positive_int, metavar="N", default=by_source(4, 2),
-        help="images per step and domain, over all processes")
-    add("--freeze-bn", action=argparse.BooleanOptionalAction, default=by_source(False, True),
-        help="train with frozen batch-norm statistics and affine parameters")
-    add("--seed", type=natural_number, default=0, metavar="N", help="of weights, data order and augmentation")
-    add("--device", type=available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
-    add("--workers", type=natural_number, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
-    add("--log-every", type=positive_int, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
-    add("--save-every", type=positive_int, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
-    if adapts:
-        add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=positive_int, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
-        add("--warmup-lr", type=float, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
-        add("--ramp", type=natural_number, metavar="T", default=by_source(40, 500), help="steps over which the adaptation's learning rate rises")
-        add("--power", type=float, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
-        add("--val-every", type=natural_number, default=0, metavar="N",
-            help="steps between two looks at the target's validation score, an oracle that chooses nothing; 0 for none")
-    return parser
-
-
-def parse(parser, argv=None):
-    """Parsed arguments with every default that depends on the source filled in."""
-    args = parser.parse_args(argv)
-    if not isinstance(args.size, BySource):
-        for key in ("source_size", "crop"):
-            if isinstance(getattr(args, key), BySource):
-                setattr(args, key, args.size)
-    for key, value in vars(args).items():
-        if isinstance(value, BySource):
-            setattr(args, key, value[args.source])
-    return args
-
-
-def height_width(text):
-    """argparse type: "512x1024" -> (512, 1024), rows first."""
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, such as 512x1024")
-    return int(height), int(width)
-
-
-def positive_int(text):
-    """argparse type: a whole number above zero."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
-
-
-def natural_number(text):
-    """argparse type: a whole number, zero or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of zero or more")
-    return int(text)
-
-
-def png_file(text):
-    """argparse type: the name of a PNG."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
-    return text
-
-
-def available_device(text):
-    """argparse type: "cuda" only where torch finds a GPU."""
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here, expected cpu")
-    return text
-
-
-def default_precision():
-    """bf16 on a CPU with bf16 instructions (see the README for what that gains), fp32 elsewhere."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16" if fast and not torch.cuda.is_available() else "fp32"
-
-
-# ------------------------------------------------- several processes -------------------------------------------------
-
-
-def rank():
-    """Number of this process under torchrun, else 0. Only process 0 writes files and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """Number of processes under torchrun, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(tensor):
-    """Sum of a tensor over all processes."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average(tensor):
-    """Mean of a tensor over all processes."""
-    return all_sum(tensor) / world_size()
-
-
-def masked_mean(values, valid):
-    """Mean of values where valid, over all processes' entries; a zero connected to the graph if nothing is."""
-    count = average(valid.sum().float())  # the average of the processes' losses is then the mean over all entries
-    return torch.where(valid, values, 0).sum() / count.clamp(min=1 / world_size())
-
-
-def broadcast(tensor):
-    """Overwrites a tensor with process 0's."""
-    if world_size() > 1:
-        dist.broadcast(tensor.detach(), 0)
-
-
-def all_gather(rows):
-    """The rows (n, ...) of all processes, one after the other; n is the same in all of them.
-
-    A gradient reaches this process's rows only, times the number of processes: where all of them compute the same loss from
-    the whole batch's rows, the average of their gradients is that loss's.
-    """
-    if world_size() == 1:
-        return rows
-    everyone = rows.new_zeros(world_size(), *rows.shape)
-    everyone[rank()] = rows.detach()
-    everyone = all_sum(everyone)
-    if rows.requires_grad:
-        everyone[rank()] += world_size() * (rows - rows.detach())  # adds zeros
-    return everyone.flatten(0, 1)
-
-
-def average_gradients(*modules):
-    """Averages the gradients of the modules over all processes; what DistributedDataParallel does, in the open.
-
-    A parameter that had no gradient on one process counts as zero there.
-    """
-    if world_size() > 1:
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        means = average(torch.cat([gradient.flatten() for gradient in gradients]))  # one message for all
-        for parameter, mean in zip(parameters, means.split([p.numel() for p in parameters])):
-            parameter.grad = mean.view_as(parameter)
-
-
-def ramp(step, args):
-    """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
-
-    Without it the first steps of a fresh optimizer, whose statistics are still those of one batch, throw the network about.
-    """
-    return min(1.0, step / max(args.ramp, 1))
-
-
-# ------------------------------------------------- the run folder -------------------------------------------------
-
-
-class Run:
-    """The folder of one run: args.json, log.jsonl, checkpoints, panel.png, result.json.
-
-    Also holds what every loop asks between two steps: the device, whether Ctrl-C was pressed, the time spent.
-    """
-
-    def __init__(self, method, args):
-        self.args = args
-        self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
-        self.interrupted = self.stopping = False  # interrupted: this process; stopping: all of them
-        self.seconds_before, self.started = 0.0, time.time()
-        if "LOCAL_RANK" in os.environ:  # started by torchrun
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            torch.backends.cudnn.benchmark = True
-        torch.manual_seed(args.seed)
-        settings = {"method": method, **vars(args)}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder}: a file; --out names a folder")
-        if any(self.folder.glob("*.pt")) and not args.resume:
-            raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
-        lines = []
-        if args.resume:
-            self.check_resume(settings)
-            lines = self.logged()
-            self.seconds_before = lines[-1]["seconds"] if lines else 0.0
-        if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            log = self.folder / "log.jsonl"
-            if lines:  # again, because the file may end in half a line
-                write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
-            else:  # perhaps that of a run without any checkpoint
-                log.unlink(missing_ok=True)
-            write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-            print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
-        if dist.is_initialized():
-            dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
-        signal.signal(signal.SIGINT, self.interrupt)
-
-    def check_resume(self, settings):
-        """InputError where --resume finds no run, or one with other arguments than `settings`; some may change."""
-        saved = self.folder / "args.json"
-        if not saved.exists():
-            raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
-        before, now = json.loads(saved.read_text()), json.loads(json.dumps(settings))
-        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")
-        changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]
-        if changed:
-            raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
-
-    def interrupt(self, *_):
-        """First Ctrl-C: finish the step, save, stop; under torchrun at the next line of the log. Second: stop at once."""
-        self.interrupted = True
-        self.stopping = world_size() == 1
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def seconds(self):
-        """Seconds of work on this run so far, earlier sessions included."""
-        return self.seconds_before + time.time() - self.started
-
-    def watch(self, stage, step, steps, **values):
-        """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
-
-        values: numbers or scalar tensors; logged is their mean over all processes. On a GPU they are read only when they are
-        logged or about to be saved, because reading them makes the processor wait for the GPU.
-        """
-        logged = self.time_to_log(step, steps)
-        if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
-            return
-        values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise InputError(f"{stage} step {step}: not finite ({terms}); the last checkpoint in {self.folder} is intact, "
-                             f"a smaller learning rate may help")
-        if logged:
-            told = torch.tensor([*values.values(), self.interrupted], dtype=torch.float64, device=self.args.device)
-            *means, interrupted = average(told).tolist()
-            if interrupted:
-                self.stopping = True
-            self.log(stage, f"{step}/{steps}", **dict(zip(values, means)))
-
-    def log(self, stage, step="", **values):
-        """One line on the screen and one object in log.jsonl."""
-        if rank() == 0:
-            entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-            print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
-
-    def logged(self):
-        """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave."""
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-    def validate(self, stage, step, steps, model):
-        """Every `val_every` steps the target's validation mIoU in the log, of a copy with re-estimated batch norm.
-
-        It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as what it is, an oracle.
-        """
-        if self.args.val_every and (step % self.args.val_every == 0 or step == steps):
-            copied = copy.deepcopy(model).eval()
-            adapt_batch_norm(copied, self.args)
-            self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
-
-    def time_to_log(self, step, steps):
-        """Whether `watch` writes a line after this step: every `log_every` steps and at the end."""
-        return step % self.args.log_every == 0 or step == steps
-
-    def time_to_save(self, step, steps):
-        """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
-        return step % self.args.save_every == 0 or step == steps or self.stopping
-
-    def save(self, name, checkpoint):
-        """Writes a checkpoint (tensors, numbers, strings, plain dicts) atomically; after Ctrl-C ends the program."""
-        parts = [part for part in checkpoint.values() if isinstance(part, dict)]
-        if not all(torch.isfinite(value).all() for part in parts for value in part.values() if torch.is_tensor(value)):
-            raise InputError(f"{name}: weights are not finite; the last checkpoint in {self.folder} is intact")
-        if rank() == 0:
-            write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))
-        if self.stopping:
-            sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
-
-    def finish(self, columns, own=None):
-        """Prints the table of {title: scores}; writes result.json: all columns, and on top those of `own`, what last.pt scores.
-
-        own: the last column if not given.
-        """
-        own = own or list(columns)[-1]
-        if rank() == 0:
-            peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
-            result = {**columns[own], "own": own, "columns": columns, "seconds": round(self.seconds(), 1),
-                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
-            looks = [line for line in self.logged() if "val_miou" in line]
-            if looks:
-                best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
-                print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} ({best['stage']} {best['step']})")
-            write_atomically(self.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-            print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
-                  f"written to {self.folder}", flush=True)
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path) and renames the file to `path`: whoever is killed leaves the old file whole.
-
-    Its folder is made where it is missing. InputError where the disk is full, which torch.save reports as a RuntimeError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason, free = str(error).splitlines()[0], shutil.disk_usage(path.parent).free / 2**30
-        raise InputError(f"{path}: cannot be written, with {free:.1f} GB free there ({reason}); "
-                         f"an earlier file of this name is intact") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def peak_memory():
-    """Peak resident memory of this process in bytes, 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def versions():
-    """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs ({platform.machine()})"
-    return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {device}"
-
-
-def read_checkpoint(path):
-    """Contents of a file of tensors and plain values, on the CPU. Cannot execute code; InputError if unreadable."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected a checkpoint") from error
-    except Exception as error:  # a damaged or foreign file can fail in any way inside the unpickler
-        raise InputError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
-
-
-def load_weights(model, state, path, what):
-    """Strict load_state_dict; where names or shapes do not fit, an InputError that says which file and what fits."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: does not fit {what} ({reason})") from error
-
-
-def build_model(args, network=build_network):
-    """The network that every method trains: ready on its device, batch norm frozen or live as asked."""
-    model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
-    if args.freeze_bn:
-        freeze_batch_norm(model)
-    return model.to(args.device, memory_format=torch.channels_last)
-
-
-def to_device(batch, device):
-    """Image (N, 3, H, W) and label (N, H, W) of a batch, on the device."""
-    image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-    return image, batch["label"].to(device, non_blocking=True)
-
-
-def write_pseudo_labels(folder, labelled, args):
-    """Writes pseudo-labels as PNGs into `folder`, one per image under its name.
-
-    labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log shows: the
-    share of pixels kept and, in the toy world only, their accuracy against the truth, which is looked at here and used nowhere.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
-    for batch, pseudo in labelled:
-        pseudo = pseudo.byte().cpu()
-        for name, values in zip(batch["name"], pseudo):
-            write_label(folder / f"{name}.png", values.numpy(), task_classes(args.source))
-        total += pseudo.numel()
-        kept += (pseudo != IGNORE).sum()
-        if "label" in batch:
-            right += ((pseudo == batch["label"]) & (pseudo != IGNORE)).sum()
-    # The sum also waits until all processes have written.
-    total, kept, right = all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
-    return {"kept": kept / total, **({"accuracy": right / max(kept, 1)} if args.source == "toy" else {})}
-
-
-def pack_model(model, args):
-    """The checkpoint entries from which `unpack_model` rebuilds a network anywhere."""
-    return {"source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images, "backbone": args.backbone,
-            "size": list(args.size), "classes": list(task_classes(args.source)), "network": getattr(args, "head", "deeplab"),
-            "oracle": getattr(args, "oracle", False), "model": model.state_dict()}
-
-
-def pack_training(model, optimizer, args, step, **parts):
-    """`pack_model` and the rest of the training state: optimizer, step, random numbers (dropout), each named part's state."""
-    return {**pack_model(model, args), "optimizer": optimizer.state_dict(), "step": step, "random": torch.get_rng_state(),
-            **{name: part.state_dict() for name, part in parts.items()}}
-
-
-def load_training(path, model, optimizer, **parts):
-    """Restores what pack_training stored and returns the step it was stored at."""
-    saved = read_checkpoint(path)
-    for name, part in {"model": model, "optimizer": optimizer, **parts}.items():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["random"])
-    return saved["step"]
-
-
-def load_init(model, args, run):
-    """Starts `model` from the checkpoint args.init of a source_only.py run; keeps a copy of it in the run folder."""
-    saved = read_checkpoint(args.init)
-    given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
-    classes = list(task_classes(args.source))
-    if saved["backbone"] != args.backbone or saved["classes"] != classes:
-        raise InputError(f"{args.init}: a {saved['backbone']} of {len(saved['classes'])} classes; --backbone {args.backbone} "
-                         f"--source {args.source} needs a {args.backbone} of {len(classes)}")
-    if saved.get("oracle"):
-        raise InputError(f"{args.init}: an oracle, trained on target labels; expected a checkpoint of source_only.py without --oracle")
-    trained, wanted = ([task[key] for key in ("source", "toy_world")] for task in (saved, vars(args)))
-    if trained != wanted:
-        raise InputError(f"{args.init}: trained with --source {trained[0]} --toy-world {trained[1]}, this run has "
-                         f"--source {wanted[0]} --toy-world {wanted[1]}")
-    model.load_state_dict(given.state_dict())
-    run.save("source_only.pt", pack_model(model, args))
-
-
-def unpack_model(checkpoint, path):
-    """The network of a checkpoint of any method; InputError if the file is not one of ours."""
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
-    missing = {"source", "toy_world", "toy_images", "backbone", "classes", "size", "model"} - set(checkpoint)
-    if missing:
-        raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))} in it)")
-    if checkpoint.get("network", "deeplab") != "deeplab":  # cpsl.py --head proda
-        raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only the script that trained it can rebuild")
-    model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
-    load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
-    return model
-
-
-def load_model(path, args):
-    """The network of a checkpoint, on the device that computes."""
-    return unpack_model(read_checkpoint(path), path).to(args.device, memory_format=torch.channels_last)
-
-
-def run(main):
-    """Calls a script's main(); an InputError or a full disk ends it with one line instead of a traceback."""
-    try:
-        main()
-    except InputError as error:
-        # An error raised in a loader process arrives with that process's traceback in front of it.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        sys.exit(f"error: {error}")  # the disk is full, or the place cannot be written to
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# ================================================= look at the data =================================================
-
-
-def describe(title, dataset, classes, samples):
-    """Prints a data set's number of images, sizes, class shares and broken files.
-
-    Returns four rows (image, label) to look at, and what is wrong with each file that could not be used.
-    """
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples or len(dataset), len(dataset))).astype(int)).tolist()
-    counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
-    for index in chosen:
-        try:
-            item = dataset[index]
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        size = "x".join(map(str, item["image"].shape[1:]))
-        sizes[size] = sizes.get(size, 0) + 1
-        if "label" in item:
-            counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
-        if len(rows) < 4:
-            picture = to_picture(item["image"])
-            rows.append([picture, colour_label(item["label"], classes) if "label" in item else Image.new("RGB", picture.size)])
-    labels = len(dataset) if counts.any() else "no"
-    print(f"{title}: {len(dataset)} images, {labels} labels; {len(chosen)} read, sizes "
-          + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
-    for name, count in zip(classes, counts):
-        if counts.any():
-            print(f"    {name:14}{100 * count / counts.sum():6.2f} %")
-    if counts.any():
-        print(f"    {'ignored':14}{100 * counts[IGNORE] / counts.sum():6.2f} %")
-    if broken:
-        print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
-    return rows, broken
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Look at a source and its target before training on them.")
-    parser.add_argument("--source", choices=("toy", "gta5", "synthia"), default="toy", help="which pair")
-    parser.add_argument("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
-    parser.add_argument("--toy-world", type=natural_number, default=0, metavar="N", help="which world of the toy generator (default 0)")
-    parser.add_argument("--toy-images", type=positive_int, default=400, metavar="N", help="training images per domain of the toy world (default 400)")
-    parser.add_argument("--samples", type=natural_number, default=100, metavar="N", help="images to read per data set, 0 for all (default 100)")
-    parser.add_argument("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview (default preview.png)")
-    args = parser.parse_args()
-    classes = task_classes(args.source)
-    # Without a size each image and label is read as it stands in its file.
-    args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
-    source_rows, source_broken = describe("source train", source_dataset(args), classes, args.samples)
-    _, train_broken = describe("target train", target_dataset(args, "train"), classes, args.samples)
-    target_rows, val_broken = describe("target val", target_dataset(args, "val"), classes, args.samples)
-    if rows := source_rows + target_rows:
-        draw_panel(args.picture, ["image", "label"], rows)
-        print(f"{len(source_rows)} source and {len(target_rows)} target scenes drawn into {args.picture}")
-    if broken := source_broken + train_broken + val_broken:
-        raise InputError(broken[0])
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ equation                                                       function
 SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   V: pixels with y_i != 255
 SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr             t: steps done, T: --iterations, lr_0: --lr
 
-On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly 0.9, head
-x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of any paper is
-claimed for them.
+On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly
+0.9, head x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of any paper
+is claimed for them. Batch norm: pretrained statistics stay frozen unless --batch-norm says otherwise; from random weights
+it is live, because nothing else learns.
 
-The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics re-estimated on
-unlabelled target images. That is already a known adaptation, and methods whose batch norm is live while they train on
-target images get it for free, so it stands in every comparison. (A VGG16 has no batch norm, hence no such column.)
-
-Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, oracle 63.5 mIoU; 2 minutes, 1.2 GB.
+The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics estimated on unlabelled
+target images. That is already a known adaptation, so it stands in every comparison. (VGG16 has no batch norm, hence no
+such column.)
 
     python source_only.py                                       # toy world, no data, a CPU will do
     python source_only.py --oracle
@@ -42,17 +40,17 @@ import common
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
+    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W), mean over the pixels that are not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
-    return common.masked_mean(loss, label != common.IGNORE)
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
 
 
-def poly_lr(base, step, steps, power):
-    """The poly schedule: base * (1 - step / steps) ** power."""
+def poly_lr(base, step, steps, power=0.9):
+    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 
@@ -60,12 +58,9 @@ def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    fused = next(model.parameters()).is_cuda  # all weights in one kernel
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
+    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}), "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
+                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
+    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
 
 
 def set_lr(optimizer, lr):
@@ -74,42 +69,31 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def descend(loss, optimizer, *modules):
-    """One step of gradient descent; under torchrun every process takes the same one."""
-    optimizer.zero_grad()
-    loss.backward()
-    common.average_gradients(*modules)
-    optimizer.step()
-
-
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args), 0
-    if args.resume and (run.folder / file).exists():
-        start = common.load_training(run.folder / file, model, optimizer)
+    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    start = run.load(file, model, optimizer=optimizer)
     model.train()
-    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
-    for step, batch in enumerate(batches, start + 1):
-        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision):
-            _, logits = model(image)
+    for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps))
+        with common.autocast(args):
+            _, logits = network(image)  # (N, 3, H, W) -> (N, C, h, w)
         loss = criterion(logits, label)
-        descend(loss, optimizer, model)
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log_step("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
-            run.save(file, common.pack_training(model, optimizer, args, step))
-    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
-        common.broadcast(buffer)
-    model.eval()
+            run.save(file, step, model, optimizer=optimizer)
 # --- end ---
 
 
 def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=common.positive_int, metavar="T", default=common.by_source(500, 60000), help="training steps")
-    add("--lr", type=float, metavar="X", default=common.by_source(1e-3, 2.5e-4), help="base learning rate lr_0; the head's is --head-lr times it")
+    add("--iterations", type=common.count, metavar="T", default=common.by_source(500, 60000), help="T, training steps")
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 2.5e-4),
+        help="lr_0, base learning rate; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
     return common.parse(parser)
 
@@ -117,13 +101,10 @@ def parse_args():
 def main():
     args = parse_args()
     run = common.Run("oracle" if args.oracle else "source_only", args)
-    classes = common.task_classes(args.source)
-    size = args.size if args.oracle or args.source == "toy" else args.source_size
-    augment = common.training_augment(size, args.crop, args.scale_jitter)
     if args.oracle:
-        dataset = common.target_dataset(args, "train", augment, labelled=True)
+        dataset = common.target_dataset(args, "train", common.training_augment(args), labelled=True)
     else:
-        dataset = common.source_dataset(args, augment=augment)
+        dataset = common.source_dataset(args, common.training_augment(args, args.source_size))
     model = common.build_model(args)
     train_source(model, dataset, args, run, "last.pt", args.iterations, args.lr)
     columns = {"oracle": common.evaluate_target(model, args)} if args.oracle else common.evaluate_source_only(model, args)

@@ -92,17 +92,20 @@ def run_as_two(folder, script, *arguments):
     assert [process.exitcode for process in team] == [0, 0], texts(folder)[1]
 
 
-SPLITTABLE = ["--freeze-bn", "--precision", "fp32", "--optimizer", "sgd"]  # nothing that magnifies rounding or belongs to a process
+SPLITTABLE = ["--batch-norm", "frozen", "--precision", "fp32", "--optimizer", "sgd"]  # nothing that magnifies rounding
 
 
-def trained_alike(begun, one, two):
-    """Whether two checkpoints moved away from a third and are the same but for rounding."""
+def trained_alike(begun, one, two, tolerance=0.3):
+    """Whether two checkpoints moved away from a third, to places apart by less than that share of the way moved.
+
+    Not the same place: under torchrun losses are means over each process's own pixels.
+    """
     a, b, c = (torch.load(path, weights_only=True)["model"] for path in (begun, one, two))
     trained = [key for key in b if not torch.equal(a[key], b[key])]
     assert {key for key in b if key.endswith("weight") and b[key].ndim == 4} <= set(trained)  # every convolution
     for key in trained:
         moved, apart = ((x[key].double() - b[key].double()).norm().item() for x in (a, c))
-        assert apart < 0.01 * moved, f"{key}: moved {moved}, apart {apart}"
+        assert apart < tolerance * moved, f"{key}: moved {moved}, apart {apart}"
     stages = [[json.loads(line)["stage"] for line in (Path(path).parent / "log.jsonl").read_text().splitlines()] for path in (one, two)]
     assert stages[0] == stages[1], "only one process writes"
     return True
