@@ -1,14 +1,14 @@
 """Everything that is not any paper's idea: data sets, DeepLabV2, mIoU, run folders, the toy world.
 
-The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no loss, no
-pseudo-label rule and no training loop in here.
+The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no
+loss, no pseudo-label rule and no training loop in here.
 
 Shapes are written with the same letters everywhere:
     N batch    C classes    H x W image    h x w feature grid (stride 8)    D feature channels    n a list of pixels
 Labels are indices into the task's class list; 255 means "ignore" wherever a label can stand.
 
-In this order: classes and ids - files - data sets - augmentation and batches - networks - mIoU and pictures - command line
-and run folder - several processes - looking at data - the toy world.
+In this order: classes and ids - files - data sets - augmentation and batches - networks - mIoU and pictures - command
+line and run folder - several processes - looking at data - the toy world.
 
 Look at a data set before you train on it (counts, sizes, class shares, what is wrong with files, a preview picture):
 
@@ -48,7 +48,7 @@ class InputError(Exception):
 
 # ================================================== classes and ids ==================================================
 
-# Cityscapes name: (labelId on disk, raw SYNTHIA id, official colour), in trainId order. GTA5 uses the labelIds of Cityscapes.
+# Cityscapes name: (labelId on disk, also in GTA5; raw SYNTHIA id; official colour), in trainId order.
 _CLASSES = {
     "road": (7, 3, (128, 64, 128)),
     "sidewalk": (8, 4, (244, 35, 232)),
@@ -186,7 +186,7 @@ def pair_labels(images, label_of):
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives a temporary path to write to and renames it to `path` at the end: whoever is killed leaves the old file whole.
+    """Gives a temporary path to write to and renames it to `path` at the end: a killed run leaves the old file whole.
 
     Makes the folder where it is missing. InputError, naming the file, where it cannot be written.
     """
@@ -348,17 +348,17 @@ def training_augment(args, size=None):
     """Random scale, crop, flip and colour jitter as --scale-jitter and --crop say: (image, label or None) -> the same.
 
     image uint8 (3, H, W), label uint8 (H, W); size: theirs, if not --size. Draws from torch's global generator, which
-    `Batches` seeds for every item. What is returned can be pickled, as loader processes need it where they are not forked.
+    `Batches` seeds for every item. What is returned can be pickled, which loader processes that are not forked need.
     """
     from torchvision.transforms import v2
 
     size, (low, high) = size or args.size, args.scale_jitter
     if any(crop > math.floor(low * full) for crop, full in zip(args.crop, size)):
-        raise InputError(f"--crop {args.crop[0]}x{args.crop[1]} is larger than images of {size[0]}x{size[1]} scaled by {low} "
-                         f"(--size, --source-size, --scale-jitter)")
-    scale = v2.ScaleJitter(target_size=size[::-1], scale_range=(low, high)) if (low, high) != (1, 1) else v2.Identity()
+        raise InputError(f"--crop {args.crop[0]}x{args.crop[1]} is larger than images of {size[0]}x{size[1]} scaled by "
+                         f"{low} (--size, --source-size, --scale-jitter)")
+    scale = v2.ScaleJitter(size[::-1], (low, high))  # which takes (W, H), unlike RandomCrop
     return functools.partial(apply_augment, v2.Compose([
-        scale,  # which takes (W, H), unlike RandomCrop
+        scale if (low, high) != (1, 1) else v2.Identity(),
         v2.RandomCrop(args.crop),
         v2.RandomHorizontalFlip(),
         v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)]))
@@ -380,7 +380,7 @@ def mix_seed(*numbers):
 
 
 def generator(args, purpose, step):
-    """Random generator that is a function of (seed, purpose, step, process): a resumed run draws the same numbers again."""
+    """Random generator that is a function of (seed, purpose, step, process): a resumed run draws the same numbers."""
     return torch.Generator(args.device).manual_seed(mix_seed(args.seed, purpose, step, rank()))
 
 
@@ -453,8 +453,9 @@ class DeepLabV2(nn.Module):
     code a misplaced `return` leaves the last two out). Resize the logits with `upsample`.
 
     A ResNet's max-pooling rounds sizes up, as in the papers' code: cell j of the grid is centred at pixel 8 j, and the
-    last one lies at the picture's edge, 65x129 cells for 512x1024 pixels. (torchvision rounds down; the last cell is then
-    centred 7 pixels before the edge, where upsampling paints it.) VGG16's cells tile the picture, centred at 8 j + 3.5.
+    last one lies at the picture's edge, 65x129 cells for 512x1024 pixels. (torchvision rounds down; the last cell is
+    then centred 7 pixels before the edge, where upsampling paints it.) VGG16's cells tile the picture, centred at
+    8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
               of this backbone. A file that does not fit is an InputError.
@@ -510,7 +511,7 @@ def torchvision_network(backbone, weights):
 
 
 def dilate(stage, dilation):
-    """Removes the stride of 2 of a ResNet stage and dilates its 3x3 convolutions, so that it computes the same on a finer grid.
+    """Removes the stride of 2 of a ResNet stage and dilates its 3x3 convolutions: it computes the same on a finer grid.
 
     What follows the convolution that strode now finds its neighbours twice as far apart, that convolution itself does
     not: it keeps the dilation of the stage before. (torchvision does the same for bottlenecks, not for ResNet-18.)
@@ -541,12 +542,13 @@ class FCN8s(nn.Module):
     """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
 
     `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
-    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j lies
-    at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
+    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j
+    lies at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
 
-    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its VGG
-    sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with Caffe's
-    factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here. (Not measured on real data.)
+    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its
+    VGG sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with
+    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here. (Not measured on
+    real data.)
     """
 
     def __init__(self, num_classes, weights="none"):
@@ -626,8 +628,8 @@ def freeze_batch_norm(model):
 def estimate_batch_norm(model, views, args, images=400):
     """Replaces live batch norms' running statistics by their averages over images of the data set `views`.
 
-    Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779). `views` are the augmented images
-    that the network is trained on, so that the statistics fit its weights. Frozen norms stay as they are.
+    Without labels: the simplest adaptation there is (AdaBN, Li et al., arXiv 1603.04779). `views` are the augmented
+    images that the network is trained on, so that the statistics fit its weights. Frozen norms stay as they are.
     """
     if not (norms := live_batch_norms(model)):
         return
@@ -649,7 +651,7 @@ def estimate_batch_norm(model, views, args, images=400):
 def settle_batch_norm(model, views, args):
     """What --batch-norm asks for whenever a model is about to be adapted, to label images or to be scored.
 
-    live: statistics are estimated on `views`. target: the same the first time, and then frozen. frozen: frozen as they are.
+    live: statistics are estimated on `views`. target: the same the first time, then frozen. frozen: frozen as they are.
     """
     if args.batch_norm != "frozen":
         estimate_batch_norm(model, views, args)
@@ -658,7 +660,7 @@ def settle_batch_norm(model, views, args):
 
 
 def tiles(grid, size):
-    """Whether the cells of a grid (h, w) tile a picture (H, W), as VGG16's do; a ResNet has one cell more, edge to edge."""
+    """Whether a grid's cells (h, w) tile a picture (H, W), as VGG16's do; a ResNet has one cell more, edge to edge."""
     return size[0] % grid[0] == 0 and size[0] // grid[0] == size[1] / grid[1] >= 8
 
 
@@ -675,9 +677,10 @@ def upsample(logits, size):
 
 def grid_labels(label, size):
     """(N, H, W) -> (N, h, w): the label of the pixel at the centre of each cell, the inverse of `upsample`."""
+    tiled = tiles(size, label.shape[1:])
     for axis, (cells, pixels) in enumerate(zip(size, label.shape[1:]), 1):
         cell = torch.arange(cells, device=label.device, dtype=torch.float64)
-        centre = (cell + 0.5) * pixels / cells if tiles(size, label.shape[1:]) else cell * (pixels - 1) / max(cells - 1, 1)
+        centre = (cell + 0.5) * pixels / cells if tiled else cell * (pixels - 1) / max(cells - 1, 1)
         label = label.index_select(axis, centre.round().long())
     return label
 
@@ -738,7 +741,8 @@ def predict(model, images, size, args, scales=(1.0,), flip=False):
     for scale in scales:
         scaled = images
         if scale != 1:  # to multiples of 8, see upsample
-            scaled = F.interpolate(images, size=[max(8, round(scale * s / 8) * 8) for s in images.shape[2:]], mode="bilinear")
+            size_in = [max(8, round(scale * pixels / 8) * 8) for pixels in images.shape[2:]]
+            scaled = F.interpolate(images, size=size_in, mode="bilinear")
         for mirrored in (False, True)[: 1 + flip]:
             with autocast(args):
                 _, logits = model(scaled.flip(3) if mirrored else scaled)
@@ -748,14 +752,14 @@ def predict(model, images, size, args, scales=(1.0,), flip=False):
 
 
 def predictions(model, dataset, args, flip=False):
-    """Yields every batch of this process's share of a data set with its probabilities (N, C, H, W), in evaluation mode."""
+    """Yields each batch of this process's share of a data set and its probabilities (N, C, H, W), in evaluation mode."""
     model.eval()
     for batch in evaluation_batches(dataset, args):
         yield batch, predict(model, batch["image"], batch["image"].shape[2:], args, flip=flip)
 
 
 def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
-    """`scores` of a model on a labelled data set, at the labels' own resolution. `visit(batch, pred (N, H, W))` sees all."""
+    """`scores` of a model on a labelled data set, at the labels' resolution. `visit(batch, pred (N, H, W))` sees it all."""
     was_training, classes = model.training, task_classes(args.source)
     model.eval()
     metric = MeanIoU(len(classes))
@@ -803,9 +807,9 @@ def scores(metric, classes):
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
     stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
-    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as predicted
-    and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what a classifier
-    that balances its classes keeps low.
+    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
+    predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what
+    a classifier that balances its classes keeps low.
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -904,7 +908,8 @@ def number(kind, low, high=math.inf, above=False):
         value = kind(text)  # argparse reports the ValueError
         if not (math.isfinite(value) and low <= value <= high) or above and value == low:
             bound = f"above {low}" if above else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}" + (f", at most {high}" if high < math.inf else ""))
+            bound += f", at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # for argparse's own message
@@ -916,24 +921,17 @@ positive, weight, fraction = number(float, 0, above=True), number(float, 0), num
 
 
 def height_width(text):
-    """argparse type: "512x1024" -> (512, 1024), rows first. Multiples of 8, so that grid and pixels agree, see `upsample`."""
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)) or int(height) % 8 or int(width) % 8:
+    """argparse type: "512x1024" -> (512, 1024), rows first. In multiples of 8, so that grid and pixels agree."""
+    sides = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
+    if len(sides) != 2 or any(side == 0 or side % 8 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, such as 512x1024, in multiples of 8")
-    return int(height), int(width)
+    return tuple(sides)
 
 
 def png_file(text):
     """argparse type: the name of a PNG."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
-    return text
-
-
-def available_device(text):
-    """argparse type: "cuda" only where torch finds a GPU."""
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here, expected cpu")
     return text
 
 
@@ -957,8 +955,8 @@ def add_data_flags(parser):
 def add_machine_flags(parser):
     """The flags that say where to compute, and how."""
     add = parser.add_argument
-    add("--device", type=available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cuda", "cpu"), default=best, help="where to compute")
     add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
     add("--workers", type=natural, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
 
@@ -968,7 +966,8 @@ def shared_parser(doc, adapts=False):
 
     doc: the script's docstring, whose first paragraph becomes the description. adapts: also those of every method.
     """
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_data_flags(parser)
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
@@ -986,19 +985,21 @@ def shared_parser(doc, adapts=False):
     add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; the smallest picture must hold the crop")
     add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("live", "frozen"),
-        help="while adapting: live; or frozen, with statistics estimated on the target or those of the source-only model")
+        help="while adapting: live; or frozen, with the target's statistics or with the source-only model's")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
     add("--head-lr", type=positive, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
-    add("--batch-size", type=count, metavar="N", default=by_source(4, 2), help="images per step and domain, over all processes")
+    add("--batch-size", type=count, metavar="N", default=by_source(4, 2),
+        help="images per step and domain, over all processes")
     add("--seed", type=natural, default=0, metavar="N", help="of weights, data order and augmentation")
     add_machine_flags(parser)
     add("--log-every", type=count, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
     add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=count, metavar="T", default=by_source(500, 60000), help="steps of source-only training")
+        add("--warmup-iterations", type=count, metavar="T", default=by_source(500, 60000),
+            help="steps of source-only training")
         add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=natural, metavar="T", default=by_source(40, 500),
             help="steps over which the adaptation's learning rate rises")
@@ -1040,7 +1041,7 @@ def as_typed(key, value):
 def ramp(step, args):
     """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
 
-    Without it the first steps of a fresh optimizer, whose statistics are still those of one batch, throw the network about.
+    Without it the first steps of a fresh optimizer, whose statistics are those of one batch, throw the network about.
     """
     return min(1.0, step / max(args.ramp, 1))
 
@@ -1055,8 +1056,8 @@ class Run:
         self.method, self.args, self.interrupted = method, args, False
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
         self.seconds_before, self.started = 0.0, time.time()
-        check_data(args)
         start_processes(args)
+        check_data(args)
         torch.manual_seed(args.seed)
         settings = {"method": method, **vars(args)}
         lines = self.check_resume(settings) if args.resume else []
@@ -1109,8 +1110,8 @@ class Run:
     def log_step(self, stage, step, steps, **values):
         """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
 
-        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved, because
-        reading them makes the processor wait for the GPU.
+        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
+        because reading them makes the processor wait for the GPU.
         """
         logged = self.time_to_log(step, steps)
         if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
@@ -1135,7 +1136,8 @@ class Run:
                 with open(self.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError as error:
-                raise InputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error}); {self.last_checkpoint()}") from error
+                reason = f"cannot be written ({error}); {self.last_checkpoint()}"
+                raise InputError(f"{self.folder / 'log.jsonl'}: {reason}") from error
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
 
@@ -1156,7 +1158,7 @@ class Run:
     def validate(self, stage, step, steps, model, views):
         """Every `val_every` steps the target's validation mIoU in the log, of a copy with batch norm settled on `views`.
 
-        It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as what it is, an oracle.
+        It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as an oracle.
         """
         if self.args.val_every and (step % self.args.val_every == 0 or step == steps):
             copied = copy.deepcopy(model)
@@ -1166,15 +1168,15 @@ class Run:
     def save(self, file, step, model, **parts):
         """Writes a checkpoint atomically; after Ctrl-C ends the program.
 
-        It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout) and
-        the state_dict of each named part. Tensors, numbers, strings and plain dicts.
+        It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout)
+        and the state_dict of each named part. Tensors, numbers, strings and plain dicts.
         """
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
-        contents = {"method": self.method, "source": args.source, "toy_world": args.toy_world, "toy_images": args.toy_images,
-                    "backbone": args.backbone, "size": list(args.size), "classes": list(task_classes(args.source)),
-                    "network": getattr(args, "head", "deeplab"), "step": step, "random": torch.get_rng_state(), **states}
+        task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone")}
+        task.update(size=list(args.size), classes=list(task_classes(args.source)), network=getattr(args, "head", "deeplab"))
+        contents = {"method": self.method, **task, "step": step, "random": torch.get_rng_state(), **states}
         if rank() == 0:
             with writing(self.folder / file) as temporary:
                 torch.save(contents, temporary)
@@ -1182,7 +1184,7 @@ class Run:
             sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
 
     def load(self, file, model, **parts):
-        """Restores what `save` stored and returns its step; without --resume or such a file nothing happens, the step is 0."""
+        """Restores what `save` stored and returns its step; 0, and nothing happens, without --resume or such a file."""
         path = self.folder / file
         if not (self.args.resume and path.exists()):
             return 0
@@ -1195,18 +1197,18 @@ class Run:
             return int(saved["step"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"{path}: not the checkpoint of a run with these arguments ({type(error).__name__}: {reason})") from error
+            raise InputError(f"{path}: not the checkpoint of a run with these arguments ({reason})") from error
 
     def finish(self, columns, own=None, **meters):
-        """Prints the table of {title: scores}; writes result.json: all columns, and on top those of `own`, what last.pt scores.
+        """Prints the table of {title: scores}; writes result.json: all columns, on top those of `own`, last.pt's.
 
         own: the last column if not given. meters: {name: number}, what a method measures of its own idea.
         """
         own = own or list(columns)[-1]
         if rank() == 0:
             peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
-            result = {**columns[own], "own": own, "columns": columns, "meters": meters, "seconds": round(self.seconds(), 1),
-                      "peak_memory_gb": round(peak / 2**30, 2), "versions": versions()}
+            result = {**columns[own], "own": own, "columns": columns, "meters": meters, "versions": versions(),
+                      "seconds": round(self.seconds(), 1), "peak_memory_gb": round(peak / 2**30, 2)}
             looks = [line for line in self.logged() if "val_miou" in line]
             if looks:
                 best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
@@ -1260,7 +1262,9 @@ def versions():
     """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs ({platform.machine()})"
+    device = f"{os.cpu_count()} CPUs ({platform.machine()})"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {device}"
 
 
@@ -1275,7 +1279,7 @@ def read_checkpoint(path):
 
 
 def load_weights(model, state, path, what):
-    """Strict load_state_dict of finite weights; InputError that names the file where names, shapes or values do not fit."""
+    """Strict load_state_dict of finite weights; InputError, naming the file, where names, shapes or values are wrong."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -1286,23 +1290,23 @@ def load_weights(model, state, path, what):
 
 
 def unpack_model(checkpoint, path, model=None):
-    """The network of a checkpoint of any method, or `model` with its weights; InputError if the file is not one of ours."""
+    """The network of a checkpoint of any method, or `model` with its weights; InputError if the file is not ours."""
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
-    kinds = {"method": str, "source": str, "toy_world": int, "toy_images": int, "backbone": str, "classes": list, "size": list,
-             "network": str, "model": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if not wrong:
-        wrong += ["source"] * (checkpoint["source"] not in ("toy", "gta5", "synthia"))
-        wrong += ["classes"] * (checkpoint["classes"] != list(task_classes(checkpoint["source"])))
-        wrong += ["size"] * (len(checkpoint["size"]) != 2 or not all(isinstance(s, int) and s > 0 for s in checkpoint["size"]))
+    fits = {"method": lambda v: isinstance(v, str), "source": lambda v: v in ("toy", "gta5", "synthia"),
+            "toy_world": lambda v: isinstance(v, int), "toy_images": lambda v: isinstance(v, int),
+            "backbone": lambda v: v in BACKBONES, "network": lambda v: isinstance(v, str),
+            "classes": lambda v: v in (list(CLASSES), list(SYNTHIA_16)), "model": lambda v: isinstance(v, dict),
+            "size": lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(s, int) and s > 0 for s in v)}
+    wrong = [key for key, fit in fits.items() if key not in checkpoint or not fit(checkpoint[key])]
     if wrong:
         raise InputError(f"{path}: not a checkpoint of this project (no proper {', '.join(wrong)} in it)")
     if model is None:
         if checkpoint["network"] != "deeplab":  # cpsl.py --head proda
-            raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only the script that trained it can rebuild")
+            raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only that script can rebuild")
         model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
-    load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes")
+    what = f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes"
+    load_weights(model, checkpoint["model"], path, what)
     return model
 
 
@@ -1316,7 +1320,7 @@ def load_init(model, args, run):
     saved = read_checkpoint(args.init)
     given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
     if saved["method"] != "source_only":
-        raise InputError(f"{args.init}: a checkpoint of {saved['method']}; expected one of source_only.py without --oracle")
+        raise InputError(f"{args.init}: a checkpoint of {saved['method']}; expected one of source_only.py, no --oracle")
     keys = ("source", "toy_world", "backbone")
     wrong = [key for key in keys if saved[key] != getattr(args, key)]
     if wrong:
@@ -1329,8 +1333,8 @@ def load_init(model, args, run):
 def write_pseudo_labels(folder, labelled, args):
     """Writes pseudo-labels as PNGs into `folder`, one per image under its name.
 
-    labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log shows: the
-    share of pixels kept and, in the toy world only, their accuracy against the truth, which is looked at here and used nowhere.
+    labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log
+    shows: the share of pixels kept and, in the toy world only, their accuracy against the truth, which is used nowhere.
     """
     total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
     for batch, pseudo in labelled:
@@ -1347,7 +1351,7 @@ def write_pseudo_labels(folder, labelled, args):
 
 
 def run(main):
-    """Calls a script's main(); an InputError, Ctrl-C or a file that cannot be used ends it with one line, no traceback."""
+    """Calls a script's main(); an InputError, Ctrl-C or a file that cannot be used ends it with one line."""
     try:
         main()
     except InputError as error:
@@ -1365,9 +1369,9 @@ def run(main):
 
 
 # ================================================= several processes =================================================
-# Under torchrun every process runs the whole script on its share of each batch and of each data set. Gradients are averaged
-# by DistributedDataParallel: losses are means over each process's own pixels, so the average differs from one process's loss
-# where processes have different numbers of valid pixels. What is counted (statistics, histograms, confusion) is summed exactly.
+# Under torchrun every process runs the whole script on its share of each batch and of each data set. Gradients are
+# averaged by DistributedDataParallel: losses are means over each process's own pixels, so the average differs from one
+# process's loss where processes have different numbers of valid pixels. What is counted is summed exactly.
 
 
 def rank():
@@ -1381,7 +1385,9 @@ def world_size():
 
 
 def start_processes(args):
-    """Joins the other processes if torchrun started this one, and takes its GPU."""
+    """Joins the other processes if torchrun started this one, and takes its GPU; InputError where there is none."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here, expected cpu")
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.device == "cuda":
@@ -1390,15 +1396,15 @@ def start_processes(args):
 
 
 def distribute(module):
-    """The module as training must call it: under torchrun wrapped so that backward() averages gradients over the processes.
+    """The module as training must call it: under torchrun wrapped so that backward() averages gradients over processes.
 
     Everything else (evaluation, copies, checkpoints) uses the bare module, whose weights are the same.
     """
     if world_size() == 1:
         return module
     if next(module.parameters()).device.type == "cpu" and live_batch_norms(module):
-        raise InputError("several processes on CPUs need --batch-norm frozen or target and --init (or a network without batch "
-                         "norm): torch synchronises live batch norm on GPUs only")
+        raise InputError("several processes on CPUs need --init and --batch-norm frozen or target, or a network "
+                         "without batch norm: torch synchronises live batch norm on GPUs only")
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
@@ -1417,7 +1423,8 @@ def describe(title, dataset, classes, samples):
 
     Returns four rows (image, label) to look at, and what is wrong with each file that could not be used.
     """
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples or len(dataset), len(dataset))).astype(int)).tolist()
+    samples = min(samples or len(dataset), len(dataset))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int)).tolist()
     counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
     for index in chosen:
         try:
@@ -1431,7 +1438,8 @@ def describe(title, dataset, classes, samples):
             counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
         if len(rows) < 4:
             picture = to_picture(item["image"])
-            rows.append([picture, colour_label(item["label"], classes) if "label" in item else Image.new("RGB", picture.size)])
+            label = item.get("label", torch.full(picture.size[::-1], IGNORE))
+            rows.append([picture, colour_label(label, classes)])
     labels = len(dataset) if counts.any() else "no"
     print(f"{title}: {len(dataset)} images, {labels} labels; {len(chosen)} read, sizes "
           + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
@@ -1452,7 +1460,8 @@ def suspicions(dataset, chosen):
     others = [path for folder in sorted({path.parent for path in used}) for path in sorted(folder.iterdir())
               if path not in used and path.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if others:
-        lines.append(f"{len(others)} files that are not read, such as {others[0]}; names must be like {dataset.images[0].name}")
+        lines.append(f"{len(others)} files that are not read, such as {others[0]}; expected names like "
+                     f"{dataset.images[0].name}")
     if dataset.labels is None:
         return lines
     different, ids = [], set()
@@ -1469,8 +1478,8 @@ def suspicions(dataset, chosen):
     if ids == {IGNORE}:
         lines.append(f"every pixel of the labels is 255, such as in {dataset.labels[0]}; expected Cityscapes labelIds")
     elif ids and max(ids - {IGNORE}) < len(CLASSES):
-        lines.append(f"no label id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[0]}; expected "
-                     f"Cityscapes labelIds (road is 7, car is 26)")
+        lines.append(f"no label id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[0]}; "
+                     f"expected Cityscapes labelIds (road is 7, car is 26)")
     return lines
 
 
@@ -1478,8 +1487,9 @@ def main():
     parser = argparse.ArgumentParser(description="Look at a source and its target before training on them.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_data_flags(parser)
-    parser.add_argument("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
-    parser.add_argument("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview")
+    add = parser.add_argument
+    add("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
+    add("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview")
     args = parse(parser)
     classes = task_classes(args.source)
     # Without a size each image and label is read as it stands in its file.

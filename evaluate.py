@@ -1,33 +1,38 @@
-"""Scores, compares, draws and exports checkpoints of any method.
+"""Scores, compares, draws and exports checkpoints of any method; segments pictures of your own.
 
     python evaluate.py runs/source_only-toy-s0/last.pt runs/drsl-toy-s0/last.pt --panel compare.png
     python evaluate.py CKPT --data-root DIR --scales 0.75 1.0 1.25 --flip
     python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
-    python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2   # mean ± deviation over seeds, one row per method
+    python evaluate.py CKPT --images holiday.jpg photos/              # no labels, no data root
+    python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2  # mean ± deviation over seeds, one row per method
 
-One table: classes down, checkpoints across; then mIoU (the mean over the classes that occur in the labels), for models of
-the 16 SYNTHIA classes also the mean over 13, the mean over the long tail, and `misplaced`, the share of pixels by which the
-predicted class histogram is wrong. Source, size (unless --size is given) and classes come from the checkpoint. Images go in at
-that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole split. Several scales
-and mirror images are averaged as probabilities; the numbers of this project are single-scale.
+One table: classes down, checkpoints across; then mIoU (the mean over the classes that occur in the labels), for models
+of the 16 SYNTHIA classes also the mean over 13, the mean over the long tail, and the total variation distance between
+the predicted and the true class histogram. Source, size (unless --size is given) and classes come from the checkpoint.
+Images go in at that size, logits are upsampled to the labels' full resolution, one confusion matrix collects the whole
+split. Several scales and mirror images are averaged as probabilities; the numbers of this project are single-scale.
 
 `--export DIR` writes two folders, because the official evaluator accepts one file per image in the folder it searches:
 
     DIR/labelIds/CITY_SEQUENCE_FRAME_pred_labelIds.png    Cityscapes labelIds at label resolution: CITYSCAPES_RESULTS
     DIR/color/CITY_SEQUENCE_FRAME_pred_color.png          the same in the official colours
 
-With several checkpoints each gets such a pair in a folder of its own.
+With `--images` a third one, DIR/overlay/NAME_overlay.png, has the colours over the picture; all three have the
+picture's own size. The picture goes into the network at the height of --size, its proportions kept. With several
+checkpoints each gets such folders in a folder of its own.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 import common
+
+PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def titles_of(paths):
@@ -39,39 +44,77 @@ def titles_of(paths):
     return titles
 
 
-def exporter(folder, classes):
-    """A function (names, predictions (N, H, W)) that writes labelId and colour PNGs below `folder`."""
+def export(folder, name, pred, classes):
+    """Writes a prediction (H, W) as labelId and colour PNGs below `folder`; returns the colour picture."""
     ids = np.array(common.label_ids(classes), np.uint8)
-    for kind in ("labelIds", "color"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
+    colour = common.colour_label(pred, classes)
+    for kind, picture in (("labelIds", Image.fromarray(ids[pred])), ("color", colour)):
+        with common.writing(folder / kind / f"{name}_pred_{kind}.png") as temporary:
+            picture.save(temporary)
+    return colour
 
-    def export(names, predictions):
-        for name, prediction in zip(names, predictions.cpu().numpy()):
-            Image.fromarray(ids[prediction]).save(folder / "labelIds" / f"{name}_pred_labelIds.png")
-            common.colour_label(prediction, classes).save(folder / "color" / f"{name}_pred_color.png")
 
-    return export
+def find_pictures(paths):
+    """{name: path} of the PNG and JPEG files among `paths` and in the folders among them; InputError without any."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise common.InputError(f"{path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        if not inside:
+            raise common.InputError(f"{path}: no picture found; expected files that end in {', '.join(PICTURES)}")
+        found += inside
+    stems = [path.stem for path in found]
+    return {path.stem if stems.count(path.stem) == 1 else "-".join(path.parts).strip("/"): path for path in found}
+
+
+def segment(model, path, args):
+    """The picture of a file, upright, and its prediction: PIL RGB, class indices uint8 (H, W)."""
+    picture = ImageOps.exif_transpose(common.open_image(path)).convert("RGB")
+    W, H = picture.size
+    size = (args.size[0], max(8, round(args.size[0] * W / H / 8) * 8))  # proportions kept, multiples of 8
+    item = common.make_item(picture, None, path.stem, size, None)
+    prob = common.predict(model, item["image"][None].to(args.device), size, args)  # (1, C, h, w)
+    prob = F.interpolate(prob, size=(H, W), mode="bilinear")
+    return picture, prob.max(1).indices[0].byte().cpu().numpy()
+
+
+def segment_pictures(models, tasks, folders, args):
+    """Writes the predictions of every model for the pictures of --images, and the panel if asked."""
+    pictures, rows = find_pictures(args.images), []
+    for name, path in pictures.items():
+        row = []
+        for model, task, folder in zip(models.values(), tasks, folders):
+            picture, pred = segment(model.eval(), path, task)
+            colour = export(folder, name, pred, common.task_classes(task.source))
+            overlay = Image.blend(picture, colour, 0.5)
+            with common.writing(folder / "overlay" / f"{name}_overlay.png") as temporary:
+                overlay.save(temporary)
+            row.append(overlay)
+        rows.append([picture, *row])
+    if args.panel:
+        common.draw_panel(args.panel, ["image", *models], rows)
+    print(f"{len(pictures)} pictures segmented; written to {', '.join(map(str, folders))}")
 
 
 def summary(folders):
     """Text, a Markdown table: mean and sample standard deviation over the seeds of every column that the runs report.
 
-    Columns of one title are one method: where runs share a source-only model, it counts once per seed. Seconds and memory
-    are those of the runs whose own result it is.
+    Columns of one title are one method: where runs share a source-only model, it counts once per seed. Seconds and
+    memory are those of the runs whose own result it is.
     """
     columns, costs = {}, {}  # {title: {seed: scores}}, {title: [(seconds, GB)]}
     for folder in folders:
+        result, settings = common.read_json(folder / "result.json"), common.read_json(folder / "args.json")
         try:
-            result = json.loads((folder / "result.json").read_text())
-            seed = json.loads((folder / "args.json").read_text())["seed"]
-            reported = result["columns"]
+            seed, reported = settings["seed"], result["columns"]
             costs.setdefault(result["own"], []).append((result["seconds"], result["peak_memory_gb"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise common.InputError(f"{folder / 'result.json'}: not the result of a finished run ({type(error).__name__})") from error
+        except (KeyError, TypeError) as error:
+            raise common.InputError(f"{folder}/result.json: not the result of a finished run (no {error})") from error
         for title, scores in reported.items():
             known = columns.setdefault(title, {}).setdefault(seed, scores)
             if abs(known["miou"] - scores["miou"]) > 0.1:  # a GPU may differ in the last digits
-                raise common.InputError(f"{folder}: another result of {title!r} with seed {seed}; summarise such runs apart")
+                raise common.InputError(f"{folder}: another result of {title!r} with seed {seed}; summarise those apart")
     lines = ["| | seeds | " + " | ".join(common.MEANS) + " | seconds | GB |", "|---" * (4 + len(common.MEANS)) + "|"]
     for title, seeds in columns.items():
         cells = [title, str(len(seeds))]
@@ -88,31 +131,24 @@ def summary(folders):
     return "\n".join(lines)
 
 
-def positive(text):
-    """argparse type: a number above zero."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
-
-
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CKPT", type=Path, help="checkpoints of any method, scored in this order")
     add("--summary", nargs="+", metavar="RUN", type=Path, help="instead: mean and deviation over these run folders")
+    add("--images", nargs="+", metavar="FILE|DIR", type=Path, help="instead of scoring: segment these PNGs and JPEGs")
     add("--data-root", metavar="DIR", help="holds cityscapes/; the toy world needs none")
     add("--split", choices=("train", "val"), default="val", help="of the target; its labels are opened either way")
     add("--size", type=common.height_width, metavar="HxW", help="input size; None means the checkpoint's")
-    add("--scales", type=positive, nargs="+", default=[1.0], metavar="X", help="input scales to average over")
+    add("--scales", type=common.positive, nargs="+", default=[1.0], metavar="X", help="input scales to average over")
     add("--flip", action="store_true", help="average with the mirror image")
     add("--panel", type=common.png_file, metavar="FILE.png", help="draw image | truth | one column per checkpoint")
-    add("--export", type=Path, metavar="DIR", help="write the predictions as PNGs")
+    add("--export", type=Path, metavar="DIR", help="write predictions as PNGs; with --images None means predictions")
     add("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    add("--device", type=common.available_device, choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--precision", choices=("fp32", "bf16"), default=common.default_precision(), help="of the network")
-    add("--workers", type=common.natural_number, default=0, metavar="N", help="processes that read images")
+    common.add_machine_flags(parser)
     args = parser.parse_args()
+    args.workers = 0 if isinstance(args.workers, common.BySource) else args.workers
     if bool(args.checkpoints) == bool(args.summary):
         parser.error("give either checkpoints or --summary with run folders")
     return args
@@ -123,28 +159,36 @@ def main():
     if args.summary:
         print(summary(args.summary))
         return
-    checkpoints = [common.read_checkpoint(path) for path in args.checkpoints]
-    networks = [common.unpack_model(checkpoint, path) for checkpoint, path in zip(checkpoints, args.checkpoints)]
-    tasks = []
-    for checkpoint in checkpoints:
+    common.start_processes(args)
+    models, tasks = {}, []
+    for path, title in zip(args.checkpoints, titles_of(args.checkpoints)):
+        checkpoint = common.read_checkpoint(path)
+        models[title] = common.unpack_model(checkpoint, path).to(args.device, memory_format=torch.channels_last)
         task = argparse.Namespace(**vars(args))
-        task.source, task.toy_world, task.toy_images = (checkpoint[key] for key in ("source", "toy_world", "toy_images"))
+        for key in ("source", "toy_world", "toy_images"):
+            setattr(task, key, checkpoint[key])
         task.size = args.size or tuple(checkpoint["size"])
         tasks.append(task)
+    export_to = args.export or (Path("predictions") if args.images else None)
+    folders = [export_to / title.replace("/", "-") if export_to and len(models) > 1 else export_to for title in models]
+    if args.images:
+        segment_pictures(models, tasks, folders, args)
+        return
     if args.panel and len({(task.source, task.toy_world, task.size) for task in tasks}) > 1:
         raise common.InputError("--panel needs checkpoints of one source, toy world and size")
 
-    columns, models = {}, {}
-    for checkpoint, model, task, title in zip(checkpoints, networks, tasks, titles_of(args.checkpoints)):
-        visit = None
-        if args.export is not None:
-            folder = args.export / title.replace("/", "-") if len(checkpoints) > 1 else args.export
-            visit = exporter(folder, checkpoint["classes"])
-        models[title] = model.to(args.device, memory_format=torch.channels_last)
-        columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip, visit=visit)
-    print(common.score_table(columns))
-    if args.json:
-        common.write_atomically(args.json, lambda path: path.write_text(json.dumps(columns, indent=1)))
+    columns = {}
+    for (title, model), task, folder in zip(models.items(), tasks, folders):
+        def visit(batch, pred):
+            for name, one in zip(batch["name"], pred.byte().cpu().numpy()):
+                export(folder, name, one, common.task_classes(task.source))
+
+        columns[title] = common.evaluate_target(model, task, args.split, scales=args.scales, flip=args.flip,
+                                                visit=visit if folder else None)
+    if common.rank() == 0:
+        print(common.score_table(columns))
+        if args.json:
+            common.write_json(args.json, columns)
     if args.panel:
         common.comparison_panel(args.panel, models, tasks[0], args.split)
 

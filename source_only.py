@@ -8,7 +8,7 @@ to reach. Between the two numbers lies all there is to win.
 The algorithm, which the other files repeat as their warm-up:
 
 1. Build DeepLabV2 on an ImageNet backbone (the toy world starts from random weights).
-2. Draw a batch: randomly enlarged (not on the toy), cropped, flipped and colour-jittered source images with their labels.
+2. Draw a batch of source images with their labels: randomly enlarged (not on the toy), cropped, flipped, colour-jittered.
 3. Learning rate by the poly schedule; the classifier's is --head-lr times the backbone's (10, in the toy world 1).
 4. Forward; logits upsampled bilinearly to the labels' size; cross-entropy over the pixels not labelled 255.
 5. Backward, a step of SGD (toy: AdamW); now and then a line in the log and a checkpoint.
@@ -16,16 +16,16 @@ The algorithm, which the other files repeat as their warm-up:
 
 equation                                                       function
 SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   V: pixels with y_i != 255
-SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr             t: steps done, T: --iterations, lr_0: --lr
+SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr             t: steps done, T of them, lr_0: --lr
 
-On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4, poly
-0.9, head x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of any paper
-is claimed for them. Batch norm: pretrained statistics stay frozen unless --batch-norm says otherwise; from random weights
-it is live, because nothing else learns.
+On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4,
+poly 0.9, head x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of
+any paper is claimed for them. Batch norm: pretrained statistics stay frozen unless --batch-norm says otherwise; from
+random weights it is live, because nothing else learns.
 
-The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics estimated on unlabelled
-target images. That is already a known adaptation, so it stands in every comparison. (VGG16 has no batch norm, hence no
-such column.)
+The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics estimated on
+unlabelled target images. That is already a known adaptation, so it stands in every comparison. (VGG16 has no batch
+norm, hence no such column.)
 
     python source_only.py                                       # toy world, no data, a CPU will do
     python source_only.py --oracle
@@ -40,7 +40,7 @@ import common
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W), mean over the pixels that are not 255.
+    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -58,7 +58,8 @@ def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}), "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
+    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
+                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
                      "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
     return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
 
@@ -107,7 +108,10 @@ def main():
         dataset = common.source_dataset(args, common.training_augment(args, args.source_size))
     model = common.build_model(args)
     train_source(model, dataset, args, run, "last.pt", args.iterations, args.lr)
-    columns = {"oracle": common.evaluate_target(model, args)} if args.oracle else common.evaluate_source_only(model, args)
+    if args.oracle:
+        columns = {"oracle": common.evaluate_target(model, args)}
+    else:
+        columns = common.evaluate_source_only(model, args)
     title = list(columns)[0]
     run.finish(columns, title)
     common.comparison_panel(run.folder / "panel.png", {title: model}, args)
