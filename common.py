@@ -344,7 +344,7 @@ def target_dataset(args, split, augment=None, **options):
 # ============================================== augmentation and batches ==============================================
 
 
-def training_augment(args, size=None):
+def training_augment(args, size=None, jitter=0.3):
     """Random scale, crop, flip and colour jitter as --scale-jitter and --crop say: (image, label or None) -> the same.
 
     image uint8 (3, H, W), label uint8 (H, W); size: theirs, if not --size. Draws from torch's global generator, which
@@ -361,7 +361,7 @@ def training_augment(args, size=None):
         scale if (low, high) != (1, 1) else v2.Identity(),
         v2.RandomCrop(args.crop),
         v2.RandomHorizontalFlip(),
-        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)]))
+        v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6)]))
 
 
 def apply_augment(transform, image, label):
@@ -752,14 +752,14 @@ def predict(model, images, size, args, scales=(1.0,), flip=False):
 
 
 def predictions(model, dataset, args, flip=False):
-    """Yields each batch of this process's share of a data set and its probabilities (N, C, H, W), in evaluation mode."""
+    """Yields each batch of this process's share of a data set and its probabilities (N, C, H, W)."""
     model.eval()
     for batch in evaluation_batches(dataset, args):
         yield batch, predict(model, batch["image"], batch["image"].shape[2:], args, flip=flip)
 
 
 def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
-    """`scores` of a model on a labelled data set, at the labels' resolution. `visit(batch, pred (N, H, W))` sees it all."""
+    """`scores` of a model on labelled data, at the labels' own resolution. `visit(batch, pred (N, H, W))` sees all."""
     was_training, classes = model.training, task_classes(args.source)
     model.eval()
     metric = MeanIoU(len(classes))
@@ -1156,7 +1156,7 @@ class Run:
         return lines
 
     def validate(self, stage, step, steps, model, views):
-        """Every `val_every` steps the target's validation mIoU in the log, of a copy with batch norm settled on `views`.
+        """Every `val_every` steps the target's validation mIoU in the log, of a copy with settled batch norm.
 
         It looks at the target's labels, so nothing may depend on it; `finish` prints the best one as an oracle.
         """
@@ -1175,7 +1175,8 @@ class Run:
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
         task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone")}
-        task.update(size=list(args.size), classes=list(task_classes(args.source)), network=getattr(args, "head", "deeplab"))
+        task |= {"size": list(args.size), "classes": list(task_classes(args.source))}
+        task["network"] = getattr(args, "head", "deeplab")
         contents = {"method": self.method, **task, "step": step, "random": torch.get_rng_state(), **states}
         if rank() == 0:
             with writing(self.folder / file) as temporary:
@@ -1279,7 +1280,7 @@ def read_checkpoint(path):
 
 
 def load_weights(model, state, path, what):
-    """Strict load_state_dict of finite weights; InputError, naming the file, where names, shapes or values are wrong."""
+    """Strict load_state_dict of finite weights; InputError, naming the file, where they do not fit."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -5,6 +5,7 @@
     python evaluate.py CKPT --data-root DIR --export predictions      # for the official Cityscapes evaluator
     python evaluate.py CKPT --images holiday.jpg photos/              # no labels, no data root
     python evaluate.py --summary runs/drsl-0 runs/drsl-1 runs/drsl-2  # mean ± deviation over seeds, one row per method
+    python evaluate.py --summary runs/drsl-? --against runs/plain-?   # differences, paired by seed, ± standard error
 
 One table: classes down, checkpoints across; then mIoU (the mean over the classes that occur in the labels), for models
 of the 16 SYNTHIA classes also the mean over 13, the mean over the long tail, and the total variation distance between
@@ -97,6 +98,42 @@ def segment_pictures(models, tasks, folders, args):
     print(f"{len(pictures)} pictures segmented; written to {', '.join(map(str, folders))}")
 
 
+def read_run(folder):
+    """(seed, contents of result.json) of a finished run."""
+    result, settings = common.read_json(folder / "result.json"), common.read_json(folder / "args.json")
+    try:
+        result["own"], result["columns"], result["seconds"], result["peak_memory_gb"]
+        return settings["seed"], result
+    except (KeyError, TypeError) as error:
+        raise common.InputError(f"{folder}/result.json: not the result of a finished run (no {error})") from error
+
+
+def paired(folders, others):
+    """Text, a Markdown table: every mean and meter of two sets of runs, and their difference where both have a seed.
+
+    The difference has the standard error of its mean: what lies within twice of it may be chance.
+    """
+    sides = []  # {seed: {measure: value}}
+    for side in (folders, others):
+        runs = dict(map(read_run, side))
+        if len(runs) < len(side):
+            raise common.InputError(f"{side[0]}, ...: a seed occurs twice; give one run of each seed")
+        means = {seed: {title: result.get(key) for title, key in common.MEANS.items()} for seed, result in runs.items()}
+        sides.append({seed: {**means[seed], **result.get("meters", {})} for seed, result in runs.items()})
+    seeds = sorted(set(sides[0]) & set(sides[1]))
+    if not seeds:
+        raise common.InputError(f"{folders[0]}, ... and {others[0]}, ...: no seed in common")
+    titles = [side[0].name.rstrip("-0123456789") or side[0].name for side in (folders, others)]
+    lines = [f"| | seeds | {titles[0]} | {titles[1]} | difference ± standard error |", "|---" * 5 + "|"]
+    for measure in sides[0][seeds[0]]:
+        a, b = (np.array([side[seed].get(measure) for seed in seeds], np.float64) for side in sides)
+        if not np.isnan(a - b).any():
+            error = f" ± {(a - b).std(ddof=1) / len(seeds) ** 0.5:.2f}" if len(seeds) > 1 else ""
+            cells = [measure, str(len(seeds)), f"{a.mean():.2f}", f"{b.mean():.2f}", f"{(a - b).mean():+.2f}{error}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summary(folders):
     """Text, a Markdown table: mean and sample standard deviation over the seeds of every column that the runs report.
 
@@ -105,16 +142,12 @@ def summary(folders):
     """
     columns, costs = {}, {}  # {title: {seed: scores}}, {title: [(seconds, GB)]}
     for folder in folders:
-        result, settings = common.read_json(folder / "result.json"), common.read_json(folder / "args.json")
-        try:
-            seed, reported = settings["seed"], result["columns"]
-            costs.setdefault(result["own"], []).append((result["seconds"], result["peak_memory_gb"]))
-        except (KeyError, TypeError) as error:
-            raise common.InputError(f"{folder}/result.json: not the result of a finished run (no {error})") from error
-        for title, scores in reported.items():
+        seed, result = read_run(folder)
+        costs.setdefault(result["own"], []).append((result["seconds"], result["peak_memory_gb"]))
+        for title, scores in result["columns"].items():
             known = columns.setdefault(title, {}).setdefault(seed, scores)
             if abs(known["miou"] - scores["miou"]) > 0.1:  # a GPU may differ in the last digits
-                raise common.InputError(f"{folder}: another result of {title!r} with seed {seed}; summarise those apart")
+                raise common.InputError(f"{folder}: another result of {title!r} with seed {seed}; summarise it apart")
     lines = ["| | seeds | " + " | ".join(common.MEANS) + " | seconds | GB |", "|---" * (4 + len(common.MEANS)) + "|"]
     for title, seeds in columns.items():
         cells = [title, str(len(seeds))]
@@ -137,6 +170,7 @@ def parse_args():
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CKPT", type=Path, help="checkpoints of any method, scored in this order")
     add("--summary", nargs="+", metavar="RUN", type=Path, help="instead: mean and deviation over these run folders")
+    add("--against", nargs="+", metavar="RUN", type=Path, help="with --summary: differences to these, paired by seed")
     add("--images", nargs="+", metavar="FILE|DIR", type=Path, help="instead of scoring: segment these PNGs and JPEGs")
     add("--data-root", metavar="DIR", help="holds cityscapes/; the toy world needs none")
     add("--split", choices=("train", "val"), default="val", help="of the target; its labels are opened either way")
@@ -151,13 +185,15 @@ def parse_args():
     args.workers = 0 if isinstance(args.workers, common.BySource) else args.workers
     if bool(args.checkpoints) == bool(args.summary):
         parser.error("give either checkpoints or --summary with run folders")
+    if args.against and not args.summary:
+        parser.error("--against needs --summary with the runs to compare")
     return args
 
 
 def main():
     args = parse_args()
     if args.summary:
-        print(summary(args.summary))
+        print(paired(args.summary, args.against) if args.against else summary(args.summary))
         return
     common.start_processes(args)
     models, tasks = {}, []

@@ -8,7 +8,7 @@ to reach. Between the two numbers lies all there is to win.
 The algorithm, which the other files repeat as their warm-up:
 
 1. Build DeepLabV2 on an ImageNet backbone (the toy world starts from random weights).
-2. Draw a batch of source images with their labels: randomly enlarged (not on the toy), cropped, flipped, colour-jittered.
+2. Draw a batch of source images with their labels: randomly enlarged (not on the toy), cropped, flipped and recoloured.
 3. Learning rate by the poly schedule; the classifier's is --head-lr times the backbone's (10, in the toy world 1).
 4. Forward; logits upsampled bilinearly to the labels' size; cross-entropy over the pixels not labelled 255.
 5. Backward, a step of SGD (toy: AdamW); now and then a line in the log and a checkpoint.

@@ -18,6 +18,15 @@ import common
 from common import CLASSES, SYNTHIA_13, SYNTHIA_16, Cityscapes, DeepLabV2, GTA5, InputError, MeanIoU, Synthia, ToyStreets
 
 
+def settings(**changes):
+    """Arguments of a tiny toy run."""
+    args = {"source": "toy", "toy_world": 0, "toy_images": 8, "data_root": None, "out": None, "resume": False, "seed": 0,
+            "backbone": "resnet18", "backbone_weights": "none", "size": (32, 64), "source_size": (32, 64), "crop": (32, 64),
+            "scale_jitter": [1.0, 1.0], "batch_norm": "live", "batch_size": 4, "workers": 0, "device": "cpu",
+            "precision": "fp32", "log_every": 2, "save_every": 100, "val_every": 0}
+    return argparse.Namespace(**{**args, **changes})
+
+
 # ------------------------------------------------------- classes -------------------------------------------------------
 
 
@@ -173,7 +182,8 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
     assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
     Image.fromarray(np.full((4, 4), 1792, np.uint16)).save(tmp_path / "deep.png")  # its low byte is 0: road
     assert "deep.png" in message(lambda: common.read_label(tmp_path / "deep.png"))
-    assert "larger than" in message(lambda: common.training_augment((64, 128), (65, 128), (1, 1)))
+    assert "larger than" in message(lambda: common.training_augment(settings(size=(64, 128), crop=(72, 128))))
+    assert "scaled by 0.5" in message(lambda: common.training_augment(settings(scale_jitter=[0.5, 1.0])))
     assert "moon" in message(lambda: ToyStreets("moon"))
     assert "resnet7" in message(lambda: DeepLabV2(2, "resnet7"))
 
@@ -230,51 +240,55 @@ def test_a_scale_of_one_changes_nothing_and_larger_ones_never_pad():
     """torchvision's ScaleJitter takes (width, height) where everything else takes (height, width)."""
     image = torch.randint(0, 256, (3, 40, 80), dtype=torch.uint8)
     label = torch.randint(0, 16, (40, 80), dtype=torch.uint8)
-    augment = common.training_augment((40, 80), (40, 80), (1.0, 1.0), jitter=0.0)
+    same = {"size": (40, 80), "crop": (40, 80)}
+    augment = common.training_augment(settings(**same), jitter=0.0)
     for _ in range(4):
         x, y = augment(image, label)
         flipped = not torch.equal(y, label)
         assert torch.equal(x.flip(2) if flipped else x, image) and torch.equal(y.flip(1) if flipped else y, label)
-    enlarge = common.training_augment((40, 80), (40, 80), (1.0, 1.5), jitter=0.0)
-    shrink = common.with_padding_mask(common.training_augment((40, 80), (40, 80), (0.5, 0.5), jitter=0.0))
+    larger = common.training_augment(settings(**same, scale_jitter=[1.0, 1.5]), jitter=0.0)
+    shrunk = common.training_augment(settings(size=(40, 80), crop=(16, 40), scale_jitter=[0.5, 0.5]), jitter=0.0)
     for _ in range(8):
-        assert not (enlarge(image, label)[1] == 255).any()
-        assert (shrink(image, None)[1] == 255).float().mean() == 0.75
+        x, y = larger(image, label)
+        assert y.shape == (40, 80) and y.max() < 16
+        x, y = shrunk(image, label)
+        assert y.shape == (16, 40) and y.max() < 16 and x.shape == (3, 16, 40)
 
 
 def test_augmentation_moves_image_and_label_together():
     label = torch.from_numpy(blocks(range(5), (32, 64), np.random.default_rng(0)).repeat(2, 0).repeat(2, 1).astype(np.uint8))
     image = (label * 50)[None].expand(3, -1, -1).contiguous()
-    augment = common.training_augment((64, 128), (48, 96), (0.5, 1.5), jitter=0.0)
+    augment = common.training_augment(settings(size=(64, 128), crop=(48, 96), scale_jitter=[0.75, 1.5]), jitter=0.0)
     torch.manual_seed(0)
     for _ in range(10):
         x, y = augment(image, label)
         assert x.shape == (3, 48, 96) and y.shape == (48, 96) and type(x) is type(y) is torch.Tensor
-        inner = y != 255
-        agree = ((x[0].float() / 50).round() == y)[inner]
+        agree = (x[0].float() / 50).round() == y
         assert agree.float().mean() > 0.9  # but for the soft edges of a bilinear resize
-        assert set(y.unique().tolist()) <= {0, 1, 2, 3, 4, 255}
+        assert set(y.unique().tolist()) <= {0, 1, 2, 3, 4}
     x, y = augment(image, None)
     assert x.shape == (3, 48, 96) and y is None
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    args = argparse.Namespace(batch_size=3, workers=0, device="cpu")
-    data = ToyStreets("source", "val", (32, 64), augment=common.training_augment((32, 64), (32, 64), (0.8, 1.2)))
-    run = lambda seed, start, stop: list(common.training_batches(data, args, seed, start, stop))
+    args = settings(batch_size=3, scale_jitter=[1.0, 1.2])
+    data = ToyStreets("source", "val", (32, 64), augment=common.training_augment(args))
+    batches = lambda seed, start, stop: list(common.training_batches(data, args, seed, start, stop))
     state = torch.get_rng_state()
-    whole, tail = run(0, 0, 5), run(0, 3, 5)
+    whole, tail = batches(0, 0, 5), batches(0, 3, 5)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are left alone
-    assert torch.equal(whole[3]["image"], tail[0]["image"]) and torch.equal(whole[4]["label"], tail[1]["label"])
-    assert not torch.equal(whole[0]["image"], run(1, 0, 1)[0]["image"])
+    assert torch.equal(whole[3][0], tail[0][0]) and torch.equal(whole[4][1], tail[1][1])
+    assert not torch.equal(whole[0][0], batches(1, 0, 1)[0][0])
     args.workers = 2
-    assert torch.equal(run(0, 0, 5)[4]["image"], whole[4]["image"])
+    assert torch.equal(batches(0, 0, 5)[4][0], whole[4][0])
+    unlabelled = ToyStreets("target", "train", (32, 64))
+    assert next(common.training_batches(unlabelled, args, 0, 0, 1))[1] is None
 
 
 def test_an_epoch_sees_every_picture_once():
-    args = argparse.Namespace(batch_size=4, workers=0, device="cpu")
     data = ToyStreets("source", "val", (16, 32))
-    names = [name for batch in common.training_batches(data, args, 7, 0, 50) for name in batch["name"]]
+    batches = common.Batches(data, 4, 7)
+    names = [name for step in range(50) for name in batches[step]["name"]]
     assert len(set(names[:100])) == 100 and len(set(names[100:])) == 100 and names[:100] != names[100:]
 
 
@@ -286,7 +300,9 @@ def test_network_shapes(backbone, dim):
     model = DeepLabV2(16, backbone).eval()
     with torch.no_grad():
         features, logits = model(torch.randn(1, 3, 64, 128))
-    assert model.feature_dim == dim and features.shape == (1, dim, 8, 16) and logits.shape == (1, 16, 8, 16)
+    assert model.feature_dim == dim and features.shape[1] == dim
+    grid = (8, 16) if backbone == "vgg16" else (9, 17)
+    assert features.shape[2:] == logits.shape[2:] == grid and logits.shape[1] == 16
 
 
 def test_all_four_branches_are_summed_and_learn():
@@ -298,27 +314,115 @@ def test_all_four_branches_are_summed_and_learn():
     assert len(model.classifier) == 4 and all(branch.weight.grad.abs().sum() > 0 for branch in model.classifier)
 
 
-def test_dilated_stages_keep_the_weights_and_the_field_of_view():
-    """Every second feature of the dilated network is the strided network's.
-
-    All but one convolution see the same: the first of the stage, which strides there and has dilation 1, has 2 here.
-    """
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+def test_dilation_keeps_the_function(backbone):
+    """Where the strided network computes, the dilated one computes the same: every second and fourth position."""
     import torchvision
 
     torch.manual_seed(0)
-    strided = torchvision.models.resnet18().eval()
-    dilated = DeepLabV2(2, "resnet18").eval()
-    layers = [strided.conv1, strided.bn1, strided.relu, strided.maxpool, strided.layer1, strided.layer2, strided.layer3]
+    strided = getattr(torchvision.models, backbone)().double().eval()
+    strided.maxpool.ceil_mode = True
+    for module in strided.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics as after training: no two channels alike
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+    dilated = DeepLabV2(2, backbone).double().eval()
+    layers = [strided.conv1, strided.bn1, strided.relu, strided.maxpool, strided.layer1, strided.layer2, strided.layer3,
+              strided.layer4]
     for ours, theirs in zip(dilated.backbone, layers):
         ours.load_state_dict(theirs.state_dict())
-    x, first = torch.randn(1, 3, 256, 256), dilated.backbone[6][0].conv1
+    x = torch.randn(1, 3, 96, 128, dtype=torch.float64)
     with torch.no_grad():
-        assert dilated.backbone[:7](x).shape[2:] == (32, 32)
-        first.dilation = first.padding = (1, 1)
-        torch.testing.assert_close(dilated.backbone[:7](x)[..., ::2, ::2], torch.nn.Sequential(*layers)(x), atol=1e-4, rtol=1e-4)
-        first.dilation = first.padding = (2, 2)
-    assert [m.dilation for m in dilated.backbone[6].modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)] == [(2, 2)] * 4
-    assert [m.dilation for m in dilated.backbone[7].modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)] == [(4, 4)] * 4
+        for depth, step in ((7, 2), (8, 4)):  # layer3, layer4
+            expected = torch.nn.Sequential(*layers[:depth])(x)
+            ours = dilated.backbone[:depth](x)
+            assert ours.shape[2:] == (13, 17)
+            assert (ours[..., ::step, ::step] - expected).norm() < 1e-5 * expected.norm() and expected.std() > 0.01
+
+
+def test_dilation_is_torchvisions_for_bottlenecks():
+    import torchvision
+
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
+    ours = DeepLabV2(2, "resnet50").backbone
+    for depth, stage in ((6, theirs.layer3), (7, theirs.layer4)):
+        geometry = [[(m.kernel_size, m.stride, m.dilation, m.padding) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+                    for net in (ours[depth], stage)]
+        assert geometry[0] == geometry[1]
+
+
+def cell_centres(backbone, axis):
+    """Where the network is centred: slope and offset, in pixels, of the cells' centres along one axis of a long picture.
+
+    Found from the gradient of the network itself. All weights are made positive and max-pooling averages over its own windows,
+    so that the gradient of a cell spreads over all pixels it sees; its centre of mass is the cell's centre.
+    """
+    model = DeepLabV2(1, backbone).eval()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.MaxPool2d):
+                setattr(module, name, torch.nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode))
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    size = (16, 2048) if axis == 1 else (2048, 16)
+    image = torch.ones(1, 3, *size, requires_grad=True)
+    line = model.backbone(image)[0].sum(0).sum(1 - axis)  # one value per cell along the long side
+    cells = range(len(line) // 2 - 3, len(line) // 2 + 4)
+    centres = []
+    for j in cells:
+        weight = torch.autograd.grad(line[j], image, retain_graph=True)[0].abs().sum((0, 1)).sum(1 - axis).double()
+        centres.append(((weight * torch.arange(len(weight))).sum() / weight.sum()).item())
+    slope, offset = np.polyfit(list(cells), centres, 1)
+    assert np.abs(np.polyval([slope, offset], list(cells)) - centres).max() < 0.05
+    return slope, offset
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "vgg16"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_cells_and_pixels_coincide_in_both_directions(backbone, axis):
+    """To one pixel: `upsample` paints a cell, and `grid_labels` reads its label, where the network is centred on it."""
+    slope, offset = cell_centres(backbone, axis)
+    assert slope == pytest.approx(8, abs=0.01)
+    for size in ((32, 64), (80, 160), (64, 128), (512, 1024), (760, 1280)):
+        with torch.device("meta"):
+            grid = DeepLabV2(1, backbone).eval()(torch.empty(1, 3, *size))[1].shape[2:]
+        cells, pixels = grid[axis], size[axis]
+        centres = (slope * torch.arange(cells) + offset).clamp(0, pixels - 1)
+        across = [1, 1]
+        across[axis] = cells
+        one_hot = torch.eye(cells).view(cells, 1, *across).expand(-1, -1, *grid)  # picture j has cell j lit
+        painted = common.upsample(one_hot.contiguous(), size).amax((1, 3 - axis))  # (cells, pixels)
+        peak = painted >= painted.amax(1, keepdim=True) - 1e-6
+        place = (peak * torch.arange(pixels)).sum(1) / peak.sum(1)
+        inner = slice(1, -1)  # at an edge half of a tile's paint lies outside
+        assert (place - centres)[inner].abs().max() <= 1.001
+        assert peak[0, 0] and peak[-1, -1]
+        ruler = torch.arange(pixels).view([-1 if d == axis else 1 for d in range(2)]).expand(size)[None]
+        read = common.grid_labels(ruler, tuple(grid))
+        assert read.shape[1:] == grid and (read[0].select(1 - axis, 0) - centres).abs().max() <= 1.001
+
+
+def test_perfect_cell_labels_score_high():
+    """What registration is worth: the truth, read at the cells and painted again (65 and more; off the grid it was 49)."""
+    metric = MeanIoU(16)
+    data = ToyStreets("source", "val", (80, 160))
+    for i in range(40):
+        label = data[i]["label"][None]
+        cells = F.one_hot(common.grid_labels(label, (11, 21)), 16).permute(0, 3, 1, 2).float()
+        metric.update(common.upsample(cells, (80, 160)).argmax(1), label)
+    assert metric.confusion.diagonal().sum() / metric.confusion.sum() > 0.85
+
+
+def test_grid_labels_keep_255_and_the_empty_batch():
+    label = torch.full((2, 32, 64), 255)
+    assert torch.equal(common.grid_labels(label, (5, 9)), torch.full((2, 5, 9), 255))
+    assert common.grid_labels(label[:0], (5, 9)).shape == (0, 5, 9)
+    assert common.grid_labels(label, (1, 1)).shape == (2, 1, 1)
 
 
 def test_vgg_has_the_form_of_sdca():
@@ -353,19 +457,42 @@ def test_frozen_batch_norm_neither_learns_nor_moves():
 
 
 def test_batch_norm_statistics_are_those_of_augmented_target_images():
-    args = argparse.Namespace(source="toy", toy_world=0, toy_images=400, size=(32, 64), crop=(32, 64), scale_jitter=(1.0, 1.5), batch_size=4,
-                              workers=0, device="cpu", precision="fp32")
-    model = DeepLabV2(4, "resnet18").train()
-    common.adapt_batch_norm(model, args, images=12)
-    target = ToyStreets("target", "train", (32, 64), augment=common.training_augment((32, 64), (32, 64), (1.0, 1.5)))
-    inputs = [model.backbone[0](batch["image"]) for batch in common.training_batches(target, args, 0, 0, 3)]
+    args = settings(toy_images=400, scale_jitter=[1.0, 1.5])
+    model = DeepLabV2(4, "resnet18").eval()
+    target = ToyStreets("target", "train", (32, 64), augment=common.training_augment(args))
+    common.estimate_batch_norm(model, target, args, images=12)
+    inputs = [model.backbone[0](image) for image, _ in common.training_batches(target, args, 0, 0, 3)]
     torch.testing.assert_close(model.backbone[1].running_mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0))
     assert not model.training and model.backbone[1].momentum == 0.1
     common.freeze_batch_norm(model)
     before = model.backbone[1].running_mean.clone()
-    args.size = args.crop = (48, 96)
-    common.adapt_batch_norm(model, args, images=4)
+    common.estimate_batch_norm(model, ToyStreets("source", "train", (32, 64)), args, images=4)
     assert torch.equal(model.backbone[1].running_mean, before)
+
+
+def test_batch_norm_policies():
+    """live: estimated whenever it is settled; target: the first time, then frozen; frozen: never, and frozen."""
+    views, others = (ToyStreets(domain, "train", (32, 64), images=8) for domain in ("target", "source"))
+    for policy, moves_first, moves_again, live in (("live", True, True, True), ("target", True, False, False),
+                                                   ("frozen", False, False, False)):
+        args, model = settings(batch_norm=policy), DeepLabV2(16, "resnet18").train()
+        statistics = [model.backbone[1].running_mean.clone()]
+        for data in (views, others):
+            common.settle_batch_norm(model, data, args)
+            statistics.append(model.backbone[1].running_mean.clone())
+        assert [not torch.equal(a, b) for a, b in zip(statistics, statistics[1:])] == [moves_first, moves_again]
+        assert bool(common.live_batch_norms(model)) == live and model.training
+        assert model.backbone[1].training == model.backbone[1].weight.requires_grad == live
+
+
+def test_pretrained_batch_norm_starts_frozen_and_random_weights_live(tmp_path):
+    torch.save(DeepLabV2(16, "resnet18").backbone[0].state_dict(), tmp_path / "conv.pt")
+    build = lambda **changes: common.live_batch_norms(common.build_model(settings(**changes)))
+    assert build(batch_norm="frozen") and build(batch_norm="target")
+    import torchvision
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    assert not build(batch_norm="frozen", backbone_weights=str(tmp_path / "w.pth"))
+    assert build(batch_norm="target", backbone_weights=str(tmp_path / "w.pth"))
 
 
 def test_upsample_aligns_corners():
@@ -470,7 +597,7 @@ def test_absent_classes_do_not_dilute_the_mean():
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
     assert result["rare"] is None  # no class of the long tail occurs in the labels
     assert result["share"]["road"] == (50, 50) and result["share"]["sidewalk"] == (25, 50) and result["share"]["wall"] == (25, 0)
-    assert result["misplaced"] == pytest.approx(25)
+    assert result["histogram_distance"] == pytest.approx(25)
     assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
@@ -482,16 +609,18 @@ class Constant(torch.nn.Module):
         return value, torch.cat([-(value - c).square() for c in range(3)], 1) * 50
 
 
-def test_evaluation_at_the_labels_own_resolution():
+def test_evaluation_at_the_labels_own_resolution(monkeypatch):
     image = torch.zeros(1, 3, 16, 32)
     image[:, :, :, 16:] = 2.0
     label = torch.zeros(1, 40, 80, dtype=torch.long)
     label[:, :, 40:] = 2
     label[:, :2] = 255
     seen = []
-    metric = common.evaluate(Constant().train(), [{"image": image, "label": label, "name": ["a"]}], 3, "cpu",
-                             visit=lambda names, pred: seen.append((names, pred.shape)))
-    assert metric.confusion.sum() == 38 * 80 and metric.iou()[2] > 0.8 and seen == [(["a"], (1, 40, 80))]
+    item = {"image": image[0], "label": label[0], "name": "a"}
+    monkeypatch.setattr(common, "task_classes", lambda source: ("road", "car", "bus"))
+    result = common.evaluate(Constant().train(), [item], settings(),
+                             visit=lambda batch, pred: seen.append((batch["name"], pred.shape)))
+    assert result["share"]["bus"][1] == 50 and result["iou"]["bus"] > 80 and seen == [(["a"], (1, 40, 80))]
 
 
 def test_predictions_average_scales_and_mirror_images():
@@ -501,13 +630,14 @@ def test_predictions_average_scales_and_mirror_images():
         value = F.avg_pool2d(images[:, :1], 8) + torch.linspace(0, 1, images.shape[3] // 8)
         return value, torch.cat([-(value - c).square() for c in range(3)], 1)
 
-    one = common.predict(model, image, (16, 32))
-    assert (one - common.predict(model, image.flip(3), (16, 32)).flip(3)).abs().max() > 0.1
+    args = settings()
+    one = common.predict(model, image, (16, 32), args)
+    assert (one - common.predict(model, image.flip(3), (16, 32), args).flip(3)).abs().max() > 0.1
     torch.testing.assert_close(one.sum(1), torch.ones(2, 16, 32))
-    mirrored = common.predict(model, image.flip(3), (16, 32)).flip(3)
-    torch.testing.assert_close(common.predict(model, image, (16, 32), flip=True), (one + mirrored) / 2)
+    mirrored = common.predict(model, image.flip(3), (16, 32), args).flip(3)
+    torch.testing.assert_close(common.predict(model, image, (16, 32), args, flip=True), (one + mirrored) / 2)
     double = common.upsample(model(F.interpolate(image, scale_factor=2, mode="bilinear"))[1], (16, 32)).softmax(1)
-    torch.testing.assert_close(common.predict(model, image, (16, 32), scales=(1.0, 2.0)), (one + double) / 2)
+    torch.testing.assert_close(common.predict(model, image, (16, 32), args, scales=(1.0, 2.0)), (one + double) / 2)
 
 
 # ------------------------------------------------- run folder and checkpoints -------------------------------------------------
@@ -516,13 +646,13 @@ def test_predictions_average_scales_and_mirror_images():
 def test_defaults_depend_on_the_source_and_are_printed():
     parser = common.shared_parser("Title.\n\nMore.")
     toy, real = common.parse(parser, []), common.parse(common.shared_parser("T"), ["--source", "synthia"])
-    assert (toy.size, toy.backbone, toy.freeze_bn) == ((80, 160), "resnet18", False)
-    assert (real.size, real.source_size, real.backbone, real.freeze_bn) == ((512, 1024), (760, 1280), "resnet101", True)
+    assert (toy.size, toy.backbone, toy.source_size) == ((80, 160), "resnet18", (80, 160))
+    assert (real.size, real.source_size, real.backbone, real.batch_norm) == ((512, 1024), (760, 1280), "resnet101", "frozen")
     small = common.parse(common.shared_parser("T"), ["--source", "gta5", "--size", "64x128", "--crop", "32x64"])
     assert small.source_size == (64, 128) and small.crop == (32, 64)
     text = " ".join(parser.format_help().split())
     assert "toy 80x160, gta5 512x1024, synthia 512x1024" in text and "Title." in text and "More." not in text
-    for wrong in ("80", "x", "80x", "0x5", "-1x5", "axb"):
+    for wrong in ("80", "x", "80x", "0x8", "-8x8", "axb", "8x8x8", "12x16"):
         with pytest.raises(argparse.ArgumentTypeError):
             common.height_width(wrong)
 
@@ -536,44 +666,47 @@ def test_files_are_written_atomically(tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
 
-    def full_disk(temporary):
+    with pytest.raises(InputError, match="last.pt.*No space left"), common.writing(path) as temporary:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
-
-    with pytest.raises(InputError, match="last.pt.*No space left"):
-        common.write_atomically(path, full_disk)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
-    common.write_atomically(path, lambda temporary: temporary.write_text("new"))
+    with common.writing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+    with pytest.raises(InputError, match="below.*cannot be written"), common.writing(path / "below"):
+        pass
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """A limit on the size of files stands for the disk: the second checkpoint does not fit."""
     resource = pytest.importorskip("resource", reason="limits on files need a Unix")
-    run = common.Run("drsl", argparse.Namespace(out=str(tmp_path / "run"), device="cpu", precision="fp32", resume=False, seed=0))
-    run.save("last.pt", {"model": {"weight": torch.ones(10)}})
+    run = common.Run("drsl", settings(out=str(tmp_path / "run")))
+    run.save("last.pt", 0, torch.nn.Linear(4, 1))
     before, limits = (run.folder / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(InputError, match="last.pt: cannot be written"):
-            run.save("last.pt", {"model": {"weight": torch.ones(100_000)}})
+            run.save("last.pt", 1, torch.nn.Linear(400, 400))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run had taken it over
     assert (run.folder / "last.pt").read_bytes() == before
-    assert sorted(os.listdir(run.folder)) == ["args.json", "last.pt"]
+    assert sorted(os.listdir(run.folder)) == [".lock", "args.json", "last.pt", "log.jsonl"]
 
 
 def test_not_finite_stops_with_step_and_terms(tmp_path):
-    run = common.Run("drsl", argparse.Namespace(out=str(tmp_path / "run"), device="cpu", precision="fp32", resume=False, seed=0,
-                                                log_every=2, save_every=100))
+    run, model = common.Run("drsl", settings(out=str(tmp_path / "run"))), torch.nn.Linear(3, 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run.save("last.pt", {"model": {"weight": torch.ones(3)}})
+    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\); there is no checkpoint yet"):
+        run.log_step("adapt", 3, 9, loss=torch.tensor(1.0), ce_t=torch.tensor(math.nan))
+    run.save("last.pt", 2, model)
     before = (run.folder / "last.pt").read_bytes()
-    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\)"):
-        run.watch("adapt", 3, 9, loss=torch.tensor(1.0), ce_t=torch.tensor(math.nan))
+    with pytest.raises(InputError, match=r"adapt step 3: not finite .*last.pt, is intact"):
+        run.log_step("adapt", 3, 9, loss=torch.tensor(math.inf))
+    torch.nn.init.constant_(model.bias, math.inf)
     with pytest.raises(InputError, match="last.pt: weights are not finite"):
-        run.save("last.pt", {"model": {"weight": torch.tensor([1.0, math.inf])}})
+        run.save("last.pt", 3, model)
     assert (run.folder / "last.pt").read_bytes() == before
 
 
@@ -618,16 +751,21 @@ def test_a_checkpoint_cannot_execute_code(tmp_path):
 
 
 def test_models_travel_through_checkpoints(tmp_path):
-    args = argparse.Namespace(source="toy", toy_world=2, toy_images=8, backbone="resnet18", size=(80, 160))
-    model = DeepLabV2(16, "resnet18")
-    torch.save(common.pack_model(model, args), tmp_path / "m.pt")
+    run, model = common.Run("drsl", settings(out=str(tmp_path), toy_world=2)), DeepLabV2(16, "resnet18")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run.save("m.pt", 0, model)
     saved = common.read_checkpoint(tmp_path / "m.pt")
+    assert (saved["method"], saved["toy_world"], saved["size"]) == ("drsl", 2, [32, 64])
     again = common.unpack_model(saved, "m.pt")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     with pytest.raises(InputError, match="m.pt.*resnet50"):
         common.unpack_model({**saved, "backbone": "resnet50"}, "m.pt")
-    with pytest.raises(InputError, match="m.pt.*not a checkpoint"):
-        common.unpack_model({"state": 1}, "m.pt")
+    for nonsense in ({"state": 1}, [1], {**saved, "size": [-3, "x"]}, {**saved, "classes": ["road"]}, {**saved, "source": 7}):
+        with pytest.raises(InputError, match="m.pt.*not a checkpoint of this project"):
+            common.unpack_model(nonsense, "m.pt")
+    saved["model"]["classifier.0.bias"][0] = math.nan
+    with pytest.raises(InputError, match="m.pt: holds weights that are not finite"):
+        common.unpack_model(saved, "m.pt")
 
 
 def test_panel_has_a_column_per_title(tmp_path):
@@ -699,13 +837,13 @@ def test_fcn8s_takes_fc6_and_fc7_from_the_classifier(monkeypatch):
         torch.testing.assert_close(top(pool5)[:, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fcn8s_trains_everything_but_the_enlargement(fcn8s):
-    assert all(not p.requires_grad for p in fcn8s.enlarge.parameters()) and len(list(fcn8s.enlarge.parameters())) == 3
+def test_fcn8s_trains_everything_but_the_upsampling(fcn8s):
+    assert all(not p.requires_grad for p in fcn8s.upsampling.parameters()) and len(list(fcn8s.upsampling.parameters())) == 3
     trained = {id(p) for part in (fcn8s.backbone, fcn8s.classifier) for p in part.parameters()}
     assert trained == {id(p) for p in fcn8s.parameters() if p.requires_grad}
     fcn8s(torch.randn(1, 3, 16, 16))[1].square().sum().backward()
     assert all(score.weight.grad.abs().sum() > 0 for score in fcn8s.classifier) and fcn8s.backbone[0][0].weight.grad.abs().sum() > 0
-    for layer in fcn8s.enlarge:  # inside, bilinear enlargement keeps a constant
+    for layer in fcn8s.upsampling:  # inside, bilinear enlargement keeps a constant
         k = layer.kernel_size[0]
         inside = layer(torch.ones(1, 3, 6, 6))[:, :, k:-k, k:-k]
         torch.testing.assert_close(inside, torch.ones(1, 3, inside.shape[2], inside.shape[2]))
@@ -714,20 +852,28 @@ def test_fcn8s_trains_everything_but_the_enlargement(fcn8s):
 
 def test_dropout_resumes_where_it_stopped(tmp_path):
     """Checkpoints hold the state of torch's random numbers, so that a resumed run drops what an uninterrupted one drops."""
-    args = argparse.Namespace(source="toy", toy_world=0, toy_images=4, backbone="resnet18", size=(32, 64))
-    model = torch.nn.Sequential(torch.nn.Dropout2d(0.5), torch.nn.Linear(2, 2))
+    model = DeepLabV2(16, "resnet18")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = common.Run("drsl", settings(out=str(tmp_path)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    dropped = lambda: torch.nn.functional.dropout(torch.ones(50))
     torch.manual_seed(3)
-    model(torch.ones(1, 50, 2, 2))
-    torch.save(common.pack_training(model, optimizer, args, 7), tmp_path / "state.pt")
-    whole = model(torch.ones(1, 50, 2, 2))
+    dropped()
+    assert run.load("state.pt", model, optimizer=optimizer) == 0
+    run.save("state.pt", 7, model, optimizer=optimizer)
+    whole = dropped()
     torch.manual_seed(9)
-    assert common.load_training(tmp_path / "state.pt", model, optimizer) == 7
-    assert torch.equal(model(torch.ones(1, 50, 2, 2)), whole)
+    assert run.load("state.pt", model, optimizer=optimizer) == 0  # only --resume looks
+    run.args.resume = True
+    assert run.load("state.pt", model, optimizer=optimizer) == 7 and torch.equal(dropped(), whole)
+    torch.save({"model": 1}, tmp_path / "foreign.pt")
+    for file, parts in (("foreign.pt", {}), ("state.pt", {"head": model})):
+        with pytest.raises(InputError, match=file):
+            run.load(file, model, **parts)
 
 
 def test_augmentation_without_scaling_keeps_every_pixel():
     label = torch.arange(32 * 64).view(32, 64).remainder(250).byte()
-    augment = common.training_augment((32, 64), (32, 64), None, jitter=0.0)
+    augment = common.training_augment(settings(), jitter=0.0)
     seen = {tuple(augment(label[None].expand(3, -1, -1), label)[1].flatten().tolist()) for _ in range(20)}
     assert seen == {tuple(label.flatten().tolist()), tuple(label.flip(1).flatten().tolist())}

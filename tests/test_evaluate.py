@@ -1,5 +1,6 @@
 """evaluate.py as a user runs it: tables, exports, panels, and the checks of its input."""
 
+import argparse
 import json
 
 import numpy as np
@@ -23,13 +24,12 @@ def toy(tmp_path_factory):
 
 def real_checkpoint(folder, source="synthia"):
     """A random network saved as a checkpoint of a real task."""
-    import argparse
-
     torch.manual_seed(0)
     classes = common.task_classes(source)
     model = common.DeepLabV2(len(classes), "resnet18")
-    args = argparse.Namespace(source=source, toy_world=0, toy_images=400, backbone="resnet18", size=(32, 64))
-    torch.save(common.pack_model(model, args), folder / f"{source}.pt")
+    torch.save({"method": "source_only", "source": source, "toy_world": 0, "toy_images": 400, "backbone": "resnet18",
+                "size": [32, 64], "classes": list(classes), "network": "deeplab", "step": 0, "model": model.state_dict()},
+               folder / f"{source}.pt")
     return model
 
 
@@ -38,7 +38,7 @@ def test_table_json_and_panel(toy):
     table = json.loads((toy / "t.json").read_text())
     assert list(table) == ["a/last", "b/last"] and len(table["a/last"]["iou"]) == 16
     header, *rows = [line for line in out.splitlines() if line.strip()]
-    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("misplaced")
+    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("histogram distance %")
     assert rows[16].split() == ["mIoU", f"{table['a/last']['miou']:.1f}", f"{table['b/last']['miou']:.1f}"]
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
@@ -91,7 +91,7 @@ def test_export_speaks_cityscapes(tmp_path):
             assert table["iou"][name] is None
 
     item = common.Cityscapes(tmp_path, "val", size=(32, 64), classes=common.SYNTHIA_16)[0]
-    prediction = common.predict(model, item["image"][None], (64, 128)).argmax(1)[0]
+    prediction = common.predict(model, item["image"][None], (64, 128), argparse.Namespace(device="cpu", precision="fp32")).argmax(1)[0]
     colours = np.array(Image.open(tmp_path / f"out/color/{names[0]}_pred_color.png"))
     assert np.array_equal(colours, common.palette(common.SYNTHIA_16)[prediction.numpy()])
 
@@ -103,6 +103,47 @@ def test_several_checkpoints_export_into_folders_of_their_own(tmp_path):
     out = run(tmp_path, "evaluate.py", "synthia.pt", "gta5.pt", "--data-root", tmp_path, "--export", "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"synthia", "gta5"}
     assert "terrain" in out  # classes of both tasks, a dash where a model has none
+
+
+def test_pictures_of_ones_own(toy, tmp_path):
+    """No labels, no data root, any size and either format: three PNGs at the picture's own size."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "album/deep").mkdir(parents=True)
+    pixels = np.kron(rng.integers(0, 255, (5, 7, 3)), np.ones((20, 20, 1))).astype(np.uint8)
+    Image.fromarray(pixels[:99, :133]).save(tmp_path / "holiday.jpg", quality=95)
+    Image.fromarray(pixels).save(tmp_path / "album/street.PNG")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held on its side
+    Image.fromarray(pixels).save(tmp_path / "album/deep/turned.jpeg", exif=turned)
+    (tmp_path / "album/notes.txt").write_text("no picture")
+    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album", "--device", "cpu", "--panel", "panel.png")
+    assert "3 pictures" in out
+    sizes = {"holiday": (133, 99), "street": (140, 100), "turned": (100, 140)}
+    for kind, suffix in (("labelIds", "pred_labelIds"), ("color", "pred_color"), ("overlay", "overlay")):
+        folder = tmp_path / "predictions" / kind
+        assert {path.name for path in folder.iterdir()} == {f"{name}_{suffix}.png" for name in sizes}
+        assert all(Image.open(folder / f"{name}_{suffix}.png").size == size for name, size in sizes.items())
+    ids = np.array(Image.open(tmp_path / "predictions/labelIds/holiday_pred_labelIds.png"))
+    assert set(np.unique(ids)) <= set(common.label_ids(common.SYNTHIA_16))
+    colour = np.array(Image.open(tmp_path / "predictions/color/holiday_pred_color.png")).astype(int)
+    overlay = np.array(Image.open(tmp_path / "predictions/overlay/holiday_overlay.png")).astype(int)
+    picture = np.array(Image.open(tmp_path / "holiday.jpg")).astype(int)
+    assert np.abs(overlay - (picture + colour) / 2).max() <= 1
+    table = dict(zip(common.label_ids(common.SYNTHIA_16), common.palette(common.SYNTHIA_16)))
+    assert all(np.array_equal(colour[y, x], table[ids[y, x]]) for y, x in ((0, 0), (50, 70), (98, 132)))
+    assert Image.open(tmp_path / "panel.png").width == 2 * 324 - 4  # image | prediction
+    # The same scene as a validation picture gives what scoring it gives.
+    item = common.ToyStreets("target", "val", (32, 64), images=24)[2]
+    common.to_picture(item["image"]).save(tmp_path / "scene.png")
+    same = ["--device", "cpu", "--precision", "fp32"]
+    run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "scene.png", "--export", "one", *same)
+    run(tmp_path, "evaluate.py", toy / "a/last.pt", "--export", "all", *same)
+    one, scored = (np.array(Image.open(tmp_path / path)) for path in ("one/labelIds/scene_pred_labelIds.png",
+                                                                      "all/labelIds/toy_target_val_0002_pred_labelIds.png"))
+    assert (one == scored).mean() > 0.999
+    for wrong, word in (("nowhere", "nowhere"), (".stdout", ".stdout"), ("predictions/empty", "no picture found")):
+        (tmp_path / "predictions/empty").mkdir(exist_ok=True)
+        assert word in run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", wrong, ok=False)
 
 
 def test_label_ids_are_those_of_the_official_scripts():
@@ -140,7 +181,16 @@ def test_bad_input_is_one_line(toy, tmp_path):
     real_checkpoint(tmp_path)
     assert "--data-root" in run(tmp_path, "evaluate.py", "synthia.pt", ok=False)
     assert "--panel" in run(tmp_path, "evaluate.py", "synthia.pt", toy / "a/last.pt", "--panel", "p.png", ok=False)
-    assert "above zero" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
+    assert "above 0" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
+    saved = torch.load(toy / "a/last.pt", weights_only=True)
+    torch.save({**saved, "model": {key: value * float("nan") if value.is_floating_point() else value
+                                   for key, value in saved["model"].items()}}, tmp_path / "nan.pt")
+    assert "nan.pt: holds weights that are not finite" in run(tmp_path, "evaluate.py", "nan.pt", ok=False)
+    torch.save({**saved, "size": ["x"], "classes": 3}, tmp_path / "odd.pt")
+    assert "odd.pt: not a checkpoint of this project (no proper classes, size in it)" in run(tmp_path, "evaluate.py", "odd.pt", ok=False)
+    (tmp_path / "file").write_text("")
+    for flag, path in (("--json", "file/t.json"), ("--panel", "file/p.png"), ("--export", "file/out"), ("--export", "file")):
+        assert "file" in run(tmp_path, "evaluate.py", toy / "a/last.pt", flag, path, ok=False)
     assert ".png" in run(tmp_path, "evaluate.py", "synthia.pt", "--panel", "picture", ok=False)
 
 
@@ -154,13 +204,32 @@ def test_summary_over_seeds(tmp_path):
             (folder / "args.json").write_text(json.dumps({"seed": i}))
     folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
     header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()
-    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | misplaced % | seconds | GB |"
+    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | histogram distance % | seconds | GB |"
     assert source == "| source only | 3 | 32.0 ± 2.0 | 33.0 ± 2.0 | - | - | - | - |"
     assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | 101 | 1.2 |" and lse.startswith("| LSE | 3 | 32.0 ± 2.0 |")
     (tmp_path / "LSE0/args.json").write_text(json.dumps({"seed": 1}))  # now seed 1 has two source-only models
     assert "another result" in run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
     assert "result.json" in run(tmp_path, "evaluate.py", "--summary", "DRSL0", "gone", ok=False)
     assert "either" in run(tmp_path, "evaluate.py", ok=False)
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    for name, values in (("drsl", [40.0, 44.0, 42.0]), ("plain", [39.0, 41.0, 41.5])):
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            meters = {"modes": 2.0 + seed} if name == "drsl" else {}
+            (folder / "result.json").write_text(json.dumps({"own": name, "columns": {}, "seconds": 1, "peak_memory_gb": 1, "miou": value,
+                                                            "rare": None if seed else 3.0, "meters": meters}))
+            (folder / "args.json").write_text(json.dumps({"seed": seed}))
+    a, b = ([f"{name}-{seed}" for seed in range(3)] for name in ("drsl", "plain"))
+    header, _, row = run(tmp_path, "evaluate.py", "--summary", *a, "--against", *b).splitlines()
+    assert header == "| | seeds | drsl | plain | difference ± standard error |"
+    differences = np.array([1.0, 3.0, 0.5])  # the mean of `rare` and of `modes` is not known for both sides
+    assert row == f"| mIoU | 3 | 42.00 | 40.50 | +1.50 ± {differences.std(ddof=1) / 3 ** 0.5:.2f} |"
+    assert "no seed in common" in run(tmp_path, "evaluate.py", "--summary", a[0], "--against", b[1], ok=False)
+    assert "twice" in run(tmp_path, "evaluate.py", "--summary", a[0], a[0], "--against", *b, ok=False)
+    assert "--against" in run(tmp_path, "evaluate.py", "--against", *b, ok=False)
 
 
 def test_titles_are_short_and_distinct():

@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from scripts import SPLITTABLE, TINY, command, kill_when, logged, result, run, same_weights, start_two, texts, trained_alike
+from scripts import TINY, command, kill_when, logged, result, run, same_weights, start_two, texts, trained_alike
+from scripts import start as begin
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
@@ -28,28 +29,66 @@ def test_optimizer_groups():
     model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
     model.backbone, model.classifier = model["backbone"], model["classifier"]
     model.backbone.bias.requires_grad_(False)
-    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
+    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0, device="cpu"))
     source_only.set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
     assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
 
 
-def test_every_weight_learns_also_with_frozen_batch_norm():
-    args = argparse.Namespace(source="toy", backbone="resnet18", backbone_weights="none", freeze_bn=True, device="cpu")
-    model = common.build_model(args).train()
-    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=1.0))
-    source_only.set_lr(optimizer, 1e-3)
-    image, label = torch.randn(2, 3, 64, 128), torch.randint(16, (2, 64, 128))
-    source_only.descend(source_only.segmentation_loss(model(image)[1], label), optimizer, model)
-    dead = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
-    assert not dead and not any("bn" in name and p.requires_grad for name, p in model.named_parameters())
+def test_adam_is_that_of_lse():
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
+    model.backbone, model.classifier = model["backbone"], model["classifier"]
+    args = argparse.Namespace(optimizer="adam", head_lr=1.0, device="cpu")
+    assert source_only.make_optimizer(model, args).defaults["betas"] == (0.9, 0.99)
+    args.optimizer = "adamw"
+    assert source_only.make_optimizer(model, args).defaults["weight_decay"] == 0.01
+
+
+def test_segmentation_loss_against_a_loop():
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 3, 5, requires_grad=True), torch.randint(0, 3, (2, 16, 32))
+    label[0, :5] = 255
+    up = torch.nn.functional.interpolate(logits.double(), (16, 32), mode="bilinear", align_corners=True)
+    terms = [-up[n, :, y, x].log_softmax(0)[label[n, y, x]] for n in range(2) for y in range(16) for x in range(32)
+             if label[n, y, x] != 255]
+    loss = source_only.segmentation_loss(logits, label)
+    torch.testing.assert_close(loss.double(), torch.stack(terms).mean())
+    empty = source_only.segmentation_loss(logits, torch.full_like(label, 255))
+    assert empty == 0
+    empty.backward()  # connected to the graph
+    assert not logits.grad.any()
+
+
+def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, monkeypatch):
+    """The loop's wires: training mode, the schedule's rate, the criterion it is given, the labels of the batch."""
+    args = argparse.Namespace(source="toy", toy_world=0, toy_images=4, backbone="resnet18", backbone_weights="none",
+                              size=(32, 64), source_size=(32, 64), crop=(32, 64), scale_jitter=[1.0, 1.0], batch_norm="live",
+                              optimizer="sgd", head_lr=10.0, batch_size=2, seed=0, device="cpu", precision="fp32", workers=0,
+                              log_every=1, save_every=100, val_every=0, out=str(tmp_path / "run"), resume=False, data_root=None)
+    model, seen = common.build_model(args), []
+    run_folder = common.Run("source_only", args)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def criterion(logits, label):
+        seen.append((model.training, tuple(logits.shape), tuple(label.shape)))
+        return 3 * source_only.segmentation_loss(logits, label)
+
+    source_only.train_source(model, common.source_dataset(args, common.training_augment(args)), args, run_folder, "x.pt", 2, 0.5,
+                             criterion)
+    assert seen == [(True, (2, 16, 5, 9), (2, 32, 64))] * 2
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.5, 0.5 * 0.5 ** 0.9] and lines[0]["loss"] == pytest.approx(3 * 2.77, abs=0.4)
+    still = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    assert not still  # every weight and every statistic moves
+    assert torch.load(tmp_path / "run/x.pt", weights_only=True)["step"] == 2
 
 
 def test_run_folder(tmp_path):
     out = run(tmp_path, "source_only.py", *TINY, "--iterations", 3)
     folder = tmp_path / "runs/source_only-toy-s0"
-    assert {p.name for p in folder.iterdir()} == {"args.json", "log.jsonl", "last.pt", "panel.png", "result.json"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "args.json", "log.jsonl", "last.pt", "panel.png", "result.json"}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["loss"] > 0 for line in lines)
     scores = result(folder)
@@ -70,8 +109,8 @@ def test_a_half_line_in_the_log_does_not_outlive_a_resume(tmp_path):
     run(tmp_path, *arguments, "--resume")
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == ["1/4", "2/4", "3/4"]
     run(tmp_path, "source_only.py", *TINY, "--oracle", "--iterations", 1, "--out", "oracle")
-    assert torch.load(tmp_path / "oracle/last.pt", weights_only=True)["oracle"] is True
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["oracle"] is False
+    assert torch.load(tmp_path / "oracle/last.pt", weights_only=True)["method"] == "oracle"
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["method"] == "source_only"
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
@@ -105,35 +144,31 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
-def test_torchrun_gives_the_single_process_result(tmp_path, start):
-    arguments = ["source_only.py", *TINY, *SPLITTABLE, "--iterations", 3, "--lr", 0.02]
-    run(tmp_path, *arguments, "--out", "one")
+def test_torchrun_gives_the_single_process_result(tmp_path):
+    """VGG16, because torch synchronises live batch norm on GPUs only."""
+    arguments = ["source_only.py", *TINY, "--precision", "fp32", "--optimizer", "sgd", "--backbone", "vgg16", "--lr", 0.02]
+    run(tmp_path, *arguments, "--iterations", 1, "--lr", 1e-9, "--out", "start")
+    run(tmp_path, *arguments, "--iterations", 3, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command(*arguments, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
-    assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
-    assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=0.1)
+                    *command(*arguments, "--iterations", 3, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert trained_alike(tmp_path / "start/last.pt", tmp_path / "one/last.pt", tmp_path / "two/last.pt")
+    assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=1)
 
 
-def test_ctrl_c_in_one_process_stops_all_of_them_after_the_same_step(tmp_path):
-    arguments = ["source_only.py", *TINY, "--freeze-bn", "--iterations", 500, "--out", "run"]
-    team = start_two(tmp_path, *arguments)
-    deadline = time.time() + 120
-    while not logged(tmp_path / "run", "source", 3) and time.time() < deadline:
-        time.sleep(0.01)
-    os.kill(team[1].pid, signal.SIGINT)  # not the one that writes
+def test_live_batch_norm_in_two_processes_on_a_cpu_is_one_line(tmp_path):
+    team = start_two(tmp_path, "source_only.py", *TINY, "--iterations", 1, "--out", "run")
     for process in team:
         process.join(120)
-    assert [process.exitcode for process in team] == [1, 1] and "--resume" in texts(tmp_path)[1]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert steps[-1] == f"{torch.load(tmp_path / 'run/last.pt', weights_only=True)['step']}/500" != "500/500"
+    assert all(process.exitcode == 1 for process in team)
+    errors = texts(tmp_path)[1]
+    assert "--batch-norm" in errors and "Traceback" not in errors
 
 
 def test_real_formats(tmp_path):
     write_synthia(tmp_path)
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
-    small = ["--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", "--workers", 1, "--iterations", 2,
-             *TINY, "--no-freeze-bn"]
+    small = ["--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", "--workers", 1, "--iterations", 2, *TINY]
     for source, classes in (("synthia", 16), ("gta5", 19)):
         for oracle in ([], ["--oracle"]):
             run(tmp_path, "source_only.py", "--source", source, *small, *oracle)
@@ -154,17 +189,103 @@ def test_networks_without_batch_norm(tmp_path, backbone):
 
 
 def test_bad_input_is_one_line(tmp_path):
+    def refused(*arguments, script="source_only.py", **environment):
+        return run(tmp_path, script, *TINY, *arguments, ok=False, **environment)
+
     assert "--data-root" in run(tmp_path, "source_only.py", "--source", "gta5", ok=False)
     assert "GTA5" in run(tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False)
-    assert "--crop 64x64" in run(tmp_path, "source_only.py", *TINY, "--crop", "64x64", "--out", "b", ok=False)
-    for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--size", "64"]):
-        assert flags[0] in run(tmp_path, "source_only.py", *TINY, *flags, "--out", "d", ok=False)
+    assert "--source" in refused("--data-root", tmp_path, "--out", "a")
+    assert "--crop 64x64" in refused("--crop", "64x64", "--out", "b")
+    for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--seed", 2**64], ["--size", "64"],
+                  ["--size", "60x90"], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"], ["--head-lr", 0], ["--scale-jitter", 2, 1],
+                  ["--scale-jitter", 0, 1], ["--batch-size", 1.5]):
+        assert flags[0] in refused(*flags, "--out", "d")
+    for flags in (["--ema", 2], ["--temperature", 0], ["--epsilon", -1], ["--alpha", "nan"], ["--lambda-sl", -1], ["--confidence", 1.5]):
+        assert flags[0] in refused(*flags, "--out", "d", script="cpsl.py")
+    for flags in (["--tau", 0], ["--tau", -5], ["--theta", 2], ["--delta", -0.1], ["--lambda-feat", -1]):
+        assert flags[0] in refused(*flags, "--out", "d", script="sdca.py")
+    for flags in (["--gamma", -1], ["--beta", "inf"], ["--portion", 0]):
+        assert flags[0] in refused(*flags, "--out", "d", script="scale_invariant.py")
+    for flags in (["--sigma", 0], ["--lambda-mm", -1], ["--lambda-sma", "nan"], ["--portion", 2], ["--power", -1]):
+        assert flags[0] in refused(*flags, "--out", "d", script="drsl.py")
     if not torch.cuda.is_available():
-        for script in ("source_only.py", "evaluate.py"):
-            assert "--device" in run(tmp_path, script, *TINY[2:4], "--device", "cuda", ok=False)
+        assert "--device" in refused("--device", "cuda", "--out", "d")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    assert "tensor.pt" in run(tmp_path, "drsl.py", *TINY, "--init", "tensor.pt", "--out", "e", ok=False)
-    message = run(tmp_path, "source_only.py", *TINY, "--backbone-weights", "imagenet", "--out", "f", ok=False, TORCH_HOME=str(tmp_path))
+    assert "tensor.pt" in refused("--init", "tensor.pt", "--out", "e", script="drsl.py")
+    message = refused("--backbone-weights", "imagenet", "--out", "f", TORCH_HOME=str(tmp_path))
     assert "--backbone-weights imagenet" in message  # tests have no network
-    assert not list(tmp_path.glob("?/log.jsonl"))  # all before any training
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("--out", "file/run") and "file" in refused("--out", "file")
+    assert not [path for path in tmp_path.glob("?/log.jsonl") if path.read_text()]  # all before any training
     assert "nothing to resume" in run(tmp_path, "source_only.py", "--resume", "--out", "c", ok=False)
+
+
+def test_the_target_is_looked_at_before_training(tmp_path):
+    write_synthia(tmp_path)
+    message = run(tmp_path, "source_only.py", "--source", "synthia", "--data-root", tmp_path, "--backbone-weights", "none",
+                  "--backbone", "resnet18", *TINY, "--out", "run", ok=False)
+    assert "cityscapes: no such folder" in message and not (tmp_path / "run").exists()
+
+
+def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
+    def refused(checkpoint, *flags):
+        return run(tmp_path, "drsl.py", *TINY, "--init", checkpoint, "--out", "run", *flags, ok=False)
+
+    run(tmp_path, "source_only.py", *TINY, "--oracle", "--iterations", 1, "--out", "oracle")
+    assert "a checkpoint of oracle" in refused("oracle/last.pt")
+    saved = torch.load(start, weights_only=True)
+    torch.save({**saved, "method": "cpsl"}, tmp_path / "cpsl.pt")
+    assert "a checkpoint of cpsl" in refused("cpsl.pt")
+    assert "--toy-world 0; this run has --toy-world 1" in refused(start, "--toy-world", 1)
+    assert "--backbone resnet18; this run has --backbone vgg16" in refused(start, "--backbone", "vgg16")
+
+
+def test_two_runs_cannot_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
+    arguments = ["source_only.py", *TINY, "--iterations", 300, "--save-every", 1, "--out", "run"]
+    second = []
+
+    def try_a_second_one():
+        if not second and logged(tmp_path / "run", "source", 3):
+            (tmp_path / "other").mkdir()
+            second.append(run(tmp_path / "other", *arguments[:-1], tmp_path / "run", "--resume", ok=False))
+        return bool(second)
+
+    kill_when(tmp_path, try_a_second_one, *arguments)
+    assert "another run is writing there" in second[0]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()[:3]]
+    assert steps == ["1/300", "2/300", "3/300"]
+    code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "run", "source", 8), *arguments, "--resume")
+    assert "another run" not in errors
+
+
+def test_ctrl_c_after_training_ends_with_one_line(tmp_path):
+    """First press: a word. Second: the end, and no traceback."""
+    process = begin(tmp_path, "source_only.py", *TINY, "--toy-images", 4000, "--iterations", 1, "--out", "run")
+    deadline = time.time() + 120
+    while not logged(tmp_path / "run", "source", 1) and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # evaluation has begun
+    os.kill(process.pid, signal.SIGINT)
+    while "Ctrl-C again" not in texts(tmp_path)[1] and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    errors = texts(tmp_path)[1]
+    assert process.exitcode == 1 and "--resume" in errors and "Traceback" not in errors
+
+
+def test_a_damaged_run_folder_is_one_line(tmp_path):
+    arguments = ["source_only.py", *TINY, "--iterations", 2, "--out", "run"]
+    run(tmp_path, *arguments)
+    settings, log = (tmp_path / "run/args.json").read_text(), (tmp_path / "run/log.jsonl").read_text()
+    changed = run(tmp_path, *arguments, "--resume", "--size", "64x128", "--crop", "32x32", ok=False)
+    assert "--size 32x64" in changed and "--crop 32x64" in changed  # as it is typed
+    for text in ("{", "[1, 2]"):
+        (tmp_path / "run/args.json").write_text(text)
+        assert "args.json" in run(tmp_path, *arguments, "--resume", ok=False)
+    (tmp_path / "run/args.json").write_text(settings)
+    (tmp_path / "run/log.jsonl").write_text("not json\n" + log)
+    assert "log.jsonl: line 1 is damaged" in run(tmp_path, *arguments, "--resume", ok=False)
+    (tmp_path / "run/log.jsonl").write_text(log)
+    torch.save({"a": 1}, tmp_path / "run/last.pt")
+    assert "last.pt: not a checkpoint of this project" in run(tmp_path, *arguments, "--resume", ok=False)
