@@ -580,7 +580,7 @@ class FCN8s(nn.Module):
         fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
         score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
         coarse = self.classifier[2](fc7)
-        with torch.autocast(images.device.type, enabled=False):  # full-size logits are not rounded to bf16
+        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits stay fp32
             score = self.upsampling[2](coarse.float())  # stride 16
             score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
             score = self.upsampling[1](score)  # stride 8
@@ -605,7 +605,7 @@ def build_network(num_classes, backbone, weights="none"):
 def build_model(args, network=build_network):
     """The network that every method trains, on its device; the batch norm of pretrained weights frozen if so asked."""
     model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
-    if world_size() > 1:
+    if world_size() > 1 and args.device == "cuda":  # on CPUs `distribute` asks for frozen batch norm
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.batch_norm == "frozen" and args.backbone_weights != "none":
         freeze_batch_norm(model)

@@ -183,10 +183,10 @@ def parse_args():
     common.add_machine_flags(parser)
     args = parser.parse_args()
     args.workers = 0 if isinstance(args.workers, common.BySource) else args.workers
-    if bool(args.checkpoints) == bool(args.summary):
-        parser.error("give either checkpoints or --summary with run folders")
     if args.against and not args.summary:
         parser.error("--against needs --summary with the runs to compare")
+    if bool(args.checkpoints) == bool(args.summary):
+        parser.error("give either checkpoints or --summary with run folders")
     return args
 
 
