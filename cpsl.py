@@ -1,133 +1,134 @@
 """CPSL: class-balanced pixel-level self-labeling for domain adaptation of semantic segmentation.
 
-    R. Li, S. Li, C. He, Y. Zhang, X. Jia, L. Zhang, "Class-Balanced Pixel-Level Self-Labeling for Domain Adaptive Semantic
-    Segmentation", CVPR 2022, arXiv 2203.09744. Authors' code: github.com/lslrh/CPSL, derived from microsoft/ProDA.
+    R. Li, S. Li, C. He, Y. Zhang, X. Jia, L. Zhang, "Class-Balanced Pixel-Level Self-Labeling for Domain Adaptive
+    Semantic Segmentation", CVPR 2022, arXiv 2203.09744. Authors' code: github.com/lslrh/CPSL, derived from
+    microsoft/ProDA.
 
-Of the paper only abstract and Figure 1 with its caption were available; the equations below come from the authors' released
-code, checked against their training logs. Labels such as CPSL-6 are this project's own, the paper's equation numbers are
-unknown. Origin of equations, steps and flags:
+Of the paper only abstract and Figure 1 with its caption were available; the equations below come from the authors'
+released code, checked against their training logs. Labels such as CPSL-6 are this project's own. Of the paper's own
+numbers two are known, from a question that its first author answered (issue 5 of the code): Eq. 9, the sampling, and
+Eq. 12, the constraint of the transport problem. Origin of equations, steps and flags:
 
-    [P] the paper's abstract or Figure 1     [C] the authors' code only     [U] unknown: a choice of ours
+    [P] the paper's abstract or Figure 1   [A] the author in that issue   [C] the authors' code only   [U] our choice
 
 The idea in five sentences
 --------------------------
 1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST [P] (here by a frozen copy of it, deviation 3).
-2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [P], one
-   prototype per class compared by cosine [C], learns online from optimal-transport assignments of randomly sampled pixels and
-   a memory bank of past ones [P].
+2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [P],
+   one prototype per class compared by cosine [C], learns online from optimal-transport assignments of sampled pixels
+   and a memory bank of past ones [P].
 3. The transport problem is told how much of the target each class covers, namely what the pseudo-labels say: that makes
    the self-labelling class-balanced [P, C]. A uniform marginal would give the tail more than its share [U].
 4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [P].
-5. What the network learned is then distilled twice [C], here only if asked (--distill 2) and each time into a fresh one [U].
+5. What the network learned is then distilled twice [C], here if asked (--distill 2), each time into a fresh one [U].
 
 Notation
 --------
     N images   K classes = prototypes (index k)   D feature channels   h x w feature grid
     B = M + n pixels in one transport problem: M of the memory bank, n of one image
     x     target image   f, f'  the network and its momentum copy         t, s  softmax of a teacher and of a student
-    z_i   feature of pixel i from f'   c_k, c'_k  prototypes and their momentum average; a cosine takes all at unit length
-    P     softmax of the segmentation network    P_ST  the warm-up model's    P_SL  the momentum head's    y  label, 255 = ignore
-    S_ik  score of pixel i for class k     Q_i  assignment of pixel i, sums to 1     r  class marginal, sums to 1     A = -ln 1e-4
-    T     temperature    eps  weight of the entropy H    alpha, beta, lambda_SL, lambda_cons, lambda_KD  weights of losses
+    z_i   feature of pixel i from f'   c_k, c'_k  prototypes, their momentum average; a cosine takes all at unit length
+    P     softmax of the segmentation network   P_ST  the warm-up model's   P_SL  the momentum head's   y  label
+    S_ik  score of pixel i for class k     Q_i  assignment of pixel i, sums to 1     r  class marginal, sums to 1
+    T     temperature    eps  weight of the entropy H    alpha, beta, lambda_SL, lambda_cons, lambda_KD  loss weights
+    A     -ln 1e-4 = 9.2103
 
 Equations
 ---------
-    CPSL-1   L_src = mean_i -log P_i[y_i] on source                                                                [C]
-    CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                    that [P], form [C]
-    CPSL-3   RCE   = mean_i -sum_k P_i[k] log clamp(onehot(y_i)[k], 1e-4, 1) = mean_i A (1 - P_i[y_i])             [C]
+    CPSL-1   L_src = mean_i -log P_i[y_i] on source                                                               [C]
+    CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                   that [P], form [C]
+    CPSL-3   RCE   = mean_i -sum_k P_i[k] log clamp(onehot(y_i)[k], 1e-4, 1) = mean_i A (1 - P_i[y_i])            [C]
              (theirs also lifts P to at least 1e-7, which adds less than 2e-5)
-    CPSL-4   L_t   = alpha CE + beta RCE, alpha 0.1, beta 1                                                        [C]
-    CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r   that [P], form [C]
+    CPSL-4   L_t   = alpha CE + beta RCE, alpha 0.1, beta 1                                                       [C]
+    CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r              [C]
+             the constraint on the rows is the paper's Eq. 12                                                     [A]
     CPSL-6   solved by Sinkhorn-Knopp: Q = exp(S / eps); 3 times: scale row k to sum r_k, then each column to sum 1/B;
-             return (B Q)^T. One problem per image: S = cos(z, c) of [bank; its pixels]; only its pixels' rows are kept. [C]
-    CPSL-7   L_SL  = mean_i -sum_k Q_i[k] log softmax_k(cos(z_i, c_k) / T)                            that [P], form [C]
-    CPSL-8   the same with Q from S = the momentum network's logits at unit length, added to CPSL-7 (--output-term) [C]
-    CPSL-9   L_SL  = CPSL-7 + CPSL-8
-    CPSL-10  L_cons = mean over valid (n, k, h, w) of t (log t - log s): a KL divergence divided by K;              [C]
+             return (B Q)^T. A problem per image: S = cos(z, c) of [bank; its pixels], whose rows alone are kept  [C]
+    CPSL-7   L_SL  = mean_i -sum_k Q_i[k] log softmax_k(cos(z_i, c_k) / T)                           that [P], form [C]
+    CPSL-10  L_cons = mean over (n, k, h, w) of t (log t - log s): a KL divergence divided by K;                  [C]
              t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
-    CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                               [C]
-    CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + lambda_KD L_KD                      [C]
-    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student              [U, see 8]
-    CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                         that [P], form [C]
-    CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                 product [P], hard label [C]
+    CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                             [C]
+    CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + lambda_KD L_KD                    [C]
+    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student            [U, see 8]
+    CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                        that [P], form [C]
+    CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                product [P], hard label [C]
+    CPSL-18  of an image's n sampled pixels class k gets n n_k / (h w), n_k: pixels with y = k   Eq. 9 [A], form [U]
 
-Gradients: L_SL reaches the prototypes c and nothing else [P]; L_cons the network and not c' [C]; Q, y and the momentum copies
-receive none. Left out: the authors' contrastive term CPSL-14 (deviation 1), colour transfer in LAB space (deviation 2), the
-adversarial warm-up CPSL-15 (deviation 12).
+Gradients: L_SL reaches the prototypes c and nothing else [P]; L_cons the network and not c' [C]; Q, y and the momentum
+copies receive none.
 
-The algorithm                                                                          paper's notion -> function
--------------                                                                          --------------------------
-1. Source-only training, or --init.                                                    train_source
-2. The warm-up model: its batch norm re-estimated on the target [U]; then              prepare
-   r, the histogram of its labels, and the prototypes, class means of its features.    class_sums
-3. Self-training. Each step, on a batch of source and a batch of target images:        main
+The algorithm                                                                 paper's notion -> function
+-------------                                                                 --------------------------
+1. Source-only training, or --init.                                           train_source
+2. The warm-up model: its batch norm as --batch-norm says; then               prepare
+   r, the histogram of its labels, and the prototypes, class means.           class_sums
+3. Self-training. Each step, on a batch of source and one of target images:   step_losses
      P_ST by the frozen warm-up model, P_SL by the momentum network and head,
-     their product as label, CPSL-16, -17                                              SelfLabelingHead, rectify
-     source CE and symmetric CE on the target, CPSL-1 to -4                            segmentation_loss,
-                                                                                       symmetric_cross_entropy
-     random pixels, their assignment together with the bank's, CPSL-5, -6              prototype_losses, pick_pixels,
-                                                                                       MemoryBank, assign, sinkhorn
-     the prototypes learn from it, CPSL-7, -8                                          self_labeling_loss
-     a distorted view must be seen as the momentum network sees the plain one, CPSL-10 strong_view, kl_divergence
-     both momentum copies follow                                                       update_average
-4. --distill N: N times a fresh student learns from the last one, CPSL-12, -13.        label_target, distill
-5. Evaluate the last student: mIoU, that of the rare classes, and the predicted class histogram (`misplaced`).
+     their product as label, CPSL-16, -17                                     SelfLabelingHead, rectify
+     source CE and symmetric CE on the target, CPSL-1 to -4                   segmentation_loss,
+                                                                              symmetric_cross_entropy
+     sampled pixels, CPSL-18, and their assignment together with the          pick_pixels, MemoryBank,
+     bank's, CPSL-5, -6                                                       assign, sinkhorn
+     the prototypes learn from it, CPSL-7                                     self_labeling_loss
+     a distorted view must be seen as the momentum network sees the plain     strong_view, kl_divergence
+     one, CPSL-10; then both momentum copies follow                           update_average
+4. --distill N: N times a fresh student learns from the last, CPSL-12, -13.   label_target, distill
+5. Evaluate the last student.
 
-Deviations: authors' code (or paper) / here
--------------------------------------------
- 1. Contrastive term, weight 0.001, whose labels are misaligned with its features twice; it never falls in their log / none.
- 2. LAB colour transfer of GTA5 to random target images; RandAugment with geometry, a flip and cutout in the strong view, labels
-    warped along / none; the strong view is blur and colour jitter, each with probability 0.5 and per image.
- 3. P_ST of the whole target on disk, 7.5 GB, from clean images, its probabilities resized / the frozen warm-up model sees the
-    same augmented images as the student, every step, its logits resized: no file and no geometry to replay. r still comes
-    from clean whole images, so that marginal and sampled pixels differ a little.
- 4. The momentum network sees whole clean images, its features are resized and cropped to match the student's / it sees the
-    student's batch.
- 5. Labels and target loss at a quarter of the resolution, features upsampled and then compared / compared on the stride-8 grid,
-    cosines and logits upsampled to full resolution.
- 6. CutMix for half of the batches, at first without pasting the labels, most likely also in the released 55.7 / --cutmix, off
-    by default, image and label pasted at the same place.
- 7. CPSL-8 and the consistency always on / CPSL-8 off by default, because Fig. 1 has one L_SL; the consistency on for real data
-    and off on the toy, to keep it fast: --consistency. --no-rectify has no prototypes and so no consistency either: compare it
-    with a run with --no-consistency.
- 8. The distillation loss takes the student's softmax for its logarithm and is no divergence (their log goes below zero) /
-    the KL divergence.
- 9. Bank scores use prototypes that are not of unit length; c and c' share memory until the first update / of unit length; a copy.
-10. The pixels of an image enter the bank before the next image is solved; one draw of positions for all images / every image
-    has its problem with the same bank, then all enter; a draw per image, not from padding. Before the bank is full it is not
-    used / the same.
-11. The momentum network in training mode: batch norm of the whole image, Dropout2d on / training mode, so that live batch norm
-    sees the target batch's own statistics (frozen batch norm: no difference); there is no dropout.
-12. Warm-up by adversarial training (LSGAN) to 41.4 mIoU / source-only training; the author expects a drop from that.
-13. Prototypes: four passes, image means of classes with at least 10 of 33 153 positions, at most 3000 images / one pass, the
-    same share of the grid, no bound. A class that no image has enough pixels of starts from a random prototype; one that is
-    never predicted has r_k = 0 as well.
-14. Features: 256 signed channels of ProDA's head / the shared DeepLabV2's last layer, after its ReLU. --head proda has the
-    authors' head without Dropout2d; it trains its own source-only model, and only this file can rebuild its checkpoints. With
-    ResNet-101's 2048 channels the bank takes 0.5 GB, in memory and in every checkpoint, with 256 an eighth of that.
-15. SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps its poly schedule takes a
-    root of a negative number; stopped at about 81 000 / the same rates on real data after --ramp steps, though for 2 + 2 images
-    instead of 4 + 4, decay 5e-4 but none on prototypes; it ends with --iterations. On the toy AdamW, one rate of 2e-4 for all,
-    64 pixels per image, a bank of 4096 and a momentum of 0.99.
-16. Synchronised batch norm; RGB/255; crops of 896x512 from images 2200 wide, scaled by 0.5 to 1.5, evaluation at 2048x1024 /
-    the recipe of all methods here: frozen batch norm, ImageNet mean and deviation, images and evaluation at --size, scaled by
-    1.0 to 1.5, and colour jitter in the weak view too. On the toy no scaling and live batch norm: the statistics of every
-    student are re-estimated on target images before it is scored or labels them (common.adapt_batch_norm).
-17. Distillation: SimCLR weights and a batch norm more, the second round starts from the first's student / each round starts
-    from --backbone-weights. Labels with confidence above 0.95 of flip-averaged softmax / the same.
-18. The checkpoint that is best on the target's validation labels is reported / the last one.
+Deviations
+----------
+ 1. Left out: the contrastive term CPSL-14 (its labels are misaligned with its features twice, in the authors' log it
+    never falls), CPSL-8 (a second L_SL from logits; Figure 1 has one), CutMix (whose labels the authors' code did not
+    paste at first), colour transfer in LAB space, adversarial warm-up CPSL-15.
+ 2. Strong view. Authors: RandAugment with geometry, a flip and cutout, labels warped along. Here: blur and colour
+    jitter, each with probability 0.5 and per image.
+ 3. P_ST. Authors: of the whole target on disk, 7.5 GB, from clean images, probabilities resized. Here: the frozen
+    warm-up model sees the augmented images of the student, every step, its logits resized: no file, no geometry.
+    r comes from clean whole images, so that marginal and sampled pixels differ a little.
+ 4. Momentum network. Authors: it sees whole clean images; features are resized and cropped to match the student's.
+    Here: it sees the student's batch.
+ 5. Resolution of labels and target loss. Authors: a quarter, features upsampled and then compared. Here: compared on
+    the stride-8 grid, cosines and logits upsampled to full resolution.
+ 6. Sampling. Paper: class by class, Eq. 9. Authors' code: uniform over the pixels, one draw for all images.
+    Here: --sampling proportional, a stratified draw per image, or uniform, a draw per image.
+ 7. Consistency. Authors: always. Here: on for real data; off on the toy, to keep it fast. --no-rectify has no
+    prototypes and so no consistency either: compare it with a run with --no-consistency.
+ 8. Distillation loss. Authors: the student's softmax in place of its logarithm, no divergence (their log goes below
+    zero). Here: the KL divergence.
+ 9. Bank scores. Authors: with prototypes that are not of unit length; c and c' share memory until the first update.
+    Here: unit length; a copy. Where r_k = 0 theirs gives NaN, ours nothing for class k.
+10. Order. Authors: the pixels of an image enter the bank before the next image is solved. Here: every image has its
+    problem with the same bank, then all enter. Before the bank is full it is not used, as theirs. Under torchrun each
+    process keeps a bank of its own pixels.
+11. Momentum network's mode. Authors: training mode with Dropout2d. Here: training mode, so that live batch norm sees
+    the batch's own statistics; there is no dropout.
+12. Prototypes' start. Authors: four passes, image means of classes with at least 10 of 33 153 positions, a running mean
+    that after 3000 images weighs each further one by 1/3001. Here: one pass, the same share of the grid, a plain mean.
+    A class that no image has enough pixels of starts from a random prototype.
+13. Features. Authors: 256 signed channels of ProDA's head. Here: the shared DeepLabV2's last layer, after its ReLU, or
+    with --head proda the authors' head without Dropout2d, which trains its own source-only model; only this file can
+    rebuild its checkpoints. With ResNet-101's 2048 channels the bank takes 0.5 GB, with 256 an eighth of that.
+14. Optimizer. Authors: SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps
+    its schedule takes a root of a negative number. Here: their rates on real data, after --ramp steps, for 2 + 2 images
+    instead of 4 + 4, decay 5e-4 but none on prototypes. Toy: AdamW, 2e-4, five times that for the prototypes alone.
+15. Distillation. Authors: SimCLR weights and a batch norm more, the second round starts from the first's student. Here:
+    each round starts from --backbone-weights.
+16. Reported. Authors: the checkpoint that is best on the target's validation labels. Here: the last one.
 
-For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two distillations 59.4
-and 60.8 mIoU. Nobody has run this file on GTA5.
+    setting                              authors                         here
+    batch norm                           synchronised, live              --batch-norm, as in all files
+    input                                RGB/255                         ImageNet mean and deviation
+    crops, scale                         896x512 of 2200 wide, 0.5-1.5   --crop, 1.0-1.5 (toy: no scaling)
+    evaluation                           2048x1024                       --size
+    pixels, bank, momentum on the toy    256, 65536, 0.999               64, 4096, 0.99
 
-Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, CPSL 55.4 mIoU (54.8 with --no-rectify); 2 1/2 minutes from nothing, 1.3 GB.
+For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two distillations
+59.4 and 60.8 mIoU. Nobody has run this file on GTA5.
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
-    python cpsl.py --marginal uniform                   # the same with a transport problem that knows nothing of the classes
+    python cpsl.py --marginal uniform                   # a transport problem that knows nothing of the classes
     python cpsl.py --no-rectify                         # plain self-training on argmax P_ST
     python cpsl.py --distill 2                          # with both distillation stages
-    python cpsl.py --head proda                         # the authors' head under the prototypes
     python cpsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
 
@@ -149,19 +150,26 @@ import common
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K): each pixel's K values sum to 1.
 
-    CPSL-5 lays Q out the other way round, K x B. In float32 at least, also under autocast. The first round is in logarithms,
-    which no score over- or underflows; from then on every pixel has a distribution and no class with r_k > 0 is empty. The
-    mean over the pixels approaches r with more rounds; r_k = 0 gets nothing.
+    CPSL-5 lays Q out the other way round, K x B. In logarithms, which no score over- or underflows, and in float32 at
+    least, also under autocast. The mean over the pixels approaches r with more rounds; r_k = 0 gets nothing.
     """
-    S = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    r = marginal.to(S)
-    # CPSL-6, first round: class k gets the mass r_k, then every pixel 1, which is 1/B up to a factor that cancels
-    q = ((S / epsilon).log_softmax(-2) + r.log()).softmax(-1)  # (..., B, K)
-    for _ in range(iterations - 1):
-        # CPSL-6, the same again
-        q = q * (r / q.sum(-2, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny))
-        q = q / q.sum(-1, keepdim=True)
-    return q
+    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (..., B, K)
+    log_r = marginal.to(log_q).log()  # (K,)
+    for _ in range(iterations):
+        # CPSL-6, rows: the values of class k sum to r_k (-inf - -inf where r_k is 0)
+        log_q = (log_q.log_softmax(-2) + log_r).nan_to_num(nan=-math.inf, neginf=-math.inf)
+        # CPSL-6, columns: the values of every pixel sum to 1, which is 1/B up to the factor B
+        log_q = log_q.log_softmax(-1)
+    return log_q.exp()
+
+
+def assign(scores, past, marginal, epsilon=0.05, iterations=3):
+    """Q of the present pixels (N, n, K): CPSL-6 for every image by itself, on the bank's pixels and its own.
+
+    scores (N, n, K) of the images' pixels; past (M, K) of the bank's, M = 0 before it is full.
+    """
+    both = torch.cat([past.expand(len(scores), -1, -1), scores], 1)  # (N, M + n, K)
+    return sinkhorn(both, marginal, epsilon, iterations)[:, len(past):]
 
 
 def rectify(soft_label, similarity, temperature=0.08):
@@ -169,53 +177,61 @@ def rectify(soft_label, similarity, temperature=0.08):
 
     The argmax of the product is that of the sum of logarithms.
     """
-    log_p_sl = (similarity.float() / temperature).log_softmax(1)  # CPSL-16
+    # CPSL-16
+    log_p_sl = (similarity.float() / temperature).log_softmax(1)
     # CPSL-17
     return (log_p_sl + soft_label.float().log()).max(1).indices  # (N, H, W); on a CPU much faster than argmax
 
 
 def symmetric_cross_entropy(logits, label, alpha=0.1, beta=1.0):
-    """CPSL-4, mean over the pixels that are not 255. logits (N, K, h, w), upsampled to the labels' size; label (N, H, W)."""
+    """CPSL-4: logits (N, K, h, w), upsampled to the size of label (N, H, W); mean over the pixels that are not 255."""
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, K, h, w) -> (N, K, H, W)
     # CPSL-2
     ce = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W), 0 where ignored
     # CPSL-3, with P[y] = exp(-CE)
     rce = math.log(1e-4) * torch.expm1(-ce)
     # CPSL-4
-    return common.masked_mean(alpha * ce + beta * rce, label != common.IGNORE)
+    return (alpha * ce + beta * rce).sum() / (label != common.IGNORE).sum().clamp(min=1)
 
 
 def self_labeling_loss(features, prototypes, assignment, temperature=0.08):
-    """CPSL-7 (and CPSL-8, with the other assignment). features (..., D), prototypes (K, D), assignment Q (..., K).
-
-    Only the prototypes receive a gradient.
-    """
+    """CPSL-7: features (..., D), prototypes (K, D), assignment Q (..., K). Only the prototypes receive a gradient."""
     cosine = F.normalize(features.detach().float(), dim=-1) @ F.normalize(prototypes.float(), dim=1).T  # (..., K)
     # CPSL-7
     loss = -(assignment.detach() * (cosine / temperature).log_softmax(-1)).sum(-1)  # (...)
     return loss.sum() / max(loss.numel(), 1)
 
 
-def kl_divergence(teacher, student, valid):
-    """CPSL-10 and CPSL-13: KL divergence of softmaxes, from logits (N, K, h, w), mean over the K entries of all valid (N, h, w).
+def kl_divergence(teacher, student):
+    """CPSL-10 and CPSL-13: KL divergence of softmaxes, from logits (N, K, h, w), mean over all entries.
 
     The teacher's side is cut from the graph.
     """
     log_t, log_s = teacher.detach().float().log_softmax(1), student.float().log_softmax(1)  # (N, K, h, w)
     # CPSL-10, CPSL-13
-    return common.masked_mean((log_t.exp() * (log_t - log_s)).mean(1), valid)
+    return (log_t.exp() * (log_t - log_s)).mean()
 
 
 class SelfLabelingHead(nn.Module):
-    """f_SL: one prototype per class; the score of a pixel is the cosine between its feature and the prototype."""
+    """f_SL: one prototype per class; the score of a pixel is the cosine between its feature and the prototype.
 
-    def __init__(self, prototypes):
+    It also keeps what step 2 finds: the class marginal r and where the prototypes started.
+    """
+
+    def __init__(self, num_classes, dim):
         super().__init__()
-        self.prototypes = nn.Parameter(F.normalize(prototypes.float(), dim=1))  # (K, D)
+        self.prototypes = nn.Parameter(torch.zeros(num_classes, dim))
+        self.register_buffer("start", torch.zeros(num_classes, dim))
+        self.register_buffer("marginal", torch.full((num_classes,), 1 / num_classes))
 
-    def forward(self, features):
+    def cosine(self, features):
         """(N, D, h, w) -> cosines (N, K, h, w)."""
-        return F.conv2d(F.normalize(features.float(), dim=1), F.normalize(self.prototypes, dim=1)[:, :, None, None])
+        weight = F.normalize(self.prototypes, dim=1)[:, :, None, None]  # (K, D, 1, 1)
+        return F.conv2d(F.normalize(features.float(), dim=1), weight)
+
+    def forward(self, features, assignment, temperature):
+        """CPSL-7. It is computed in here because DistributedDataParallel averages gradients of what goes through it."""
+        return self_labeling_loss(features, self.prototypes, assignment, temperature)
 
 
 class MemoryBank:
@@ -248,57 +264,37 @@ class MemoryBank:
 
 
 def class_sums(features, label, num_classes, least=1):
-    """For the prototypes' start: sum over images of the mean feature of every class in the image, and how many images had it.
+    """For the prototypes' start: sum over images of the mean feature of every class, and how many images had it.
 
-    features (N, D, h, w), label (N, h, w) -> (K, D), (K,). An image counts for a class with at least `least` pixels of it.
+    features (N, D, h, w), label (N, h, w) -> (K, D), (K,). An image counts for a class with `least` pixels of it.
     """
     member = F.one_hot(label.flatten(1), num_classes).float()  # (N, h w, K)
     count = member.sum(1)  # (N, K)
-    means = member.transpose(1, 2) @ features.float().flatten(2).transpose(1, 2) / count.clamp(min=1)[:, :, None]  # (N, K, D)
-    seen = count >= least
+    sums = member.transpose(1, 2) @ features.float().flatten(2).transpose(1, 2)  # (N, K, D)
+    means, seen = sums / count.clamp(min=1)[:, :, None], count >= least
     return (means * seen[:, :, None]).sum(0), seen.sum(0)
 
 
-def pick_pixels(valid, pixels, u):
-    """Positions (N, n) of n different pixels in each map, not where `valid` (N, h, w) is false: those with the smallest of
-    the random numbers u (N, h, w).
+def pick_pixels(label, pixels, u, proportional=True):
+    """Positions (N, n) of n different pixels of each map, n = `pixels` or h w if that is smaller.
 
-    Where an image has fewer valid pixels, they repeat; where it has none, position 0 stands for them. n is `pixels`, or h w
-    if that is smaller.
+    label (N, h, w): their classes; u (N, h, w): random numbers in [0, 1). Uniform: the pixels with the smallest u.
+    Proportional, CPSL-18: the pixels are laid out class by class, in random order within a class, and every
+    (h w / n)-th one is taken.
     """
-    valid = valid.flatten(1)  # (N, h w)
-    shuffled = u.flatten(1).masked_fill(~valid, 2.0).argsort(1)
-    place = torch.arange(min(pixels, valid.shape[1]), device=valid.device) % valid.sum(1, keepdim=True).clamp(min=1)  # (N, n)
-    return shuffled.gather(1, place)
+    label, u = label.flatten(1), u.flatten(1).double()  # (N, h w)
+    n = min(pixels, label.shape[1])
+    if not proportional:
+        return u.argsort(1)[:, :n]
+    start = u.sum(1, keepdim=True) % 1  # (N, 1): a random number that favours no pixel
+    # CPSL-18
+    place = ((torch.arange(n, device=u.device) + start) * (label.shape[1] / n)).long()  # (N, n)
+    return (label + u).argsort(1).gather(1, place)
 
 
 def take_pixels(maps, position):
     """maps (N, D, h, w) at position (N, n) -> (N, n, D)."""
     return maps.flatten(2).transpose(1, 2).gather(1, position[:, :, None].expand(-1, -1, maps.shape[1]))
-
-
-def cutmix_box(height, width, generator):
-    """A random rectangle (top, bottom, left, right) that covers half of the area, its height at least half."""
-    u = torch.rand(3, generator=generator).tolist()
-    h = round((0.5 + 0.5 * u[0]) * height)
-    w = round(0.5 * height * width / h)
-    top, left = int(u[1] * (height - h + 1)), int(u[2] * (width - w + 1))
-    return top, top + h, left, left + w
-
-
-def cutmix(x_s, y_s, x_t, y_t, generator):
-    """With probability 0.5 the target batch with one rectangle of the source batch pasted in, images and labels alike.
-
-    x (N, 3, H, W), y (N, H, W), generator on the CPU.
-    """
-    paste = torch.rand((), generator=generator) < 0.5
-    top, bottom, left, right = cutmix_box(*y_t.shape[1:], generator)
-    if not paste:
-        return x_t, y_t
-    x, y = x_t.clone(), y_t.clone()
-    x[:, :, top:bottom, left:right] = x_s[:, :, top:bottom, left:right]
-    y[:, top:bottom, left:right] = y_s[:, top:bottom, left:right]
-    return x, y
 
 
 def confident_labels(prob, confidence):
@@ -309,7 +305,7 @@ def confident_labels(prob, confidence):
 
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """The momentum copy follows: n steps towards a constant model leave momentum ** n of the way. Buffers are copied."""
+    """The momentum copy follows: n steps to a constant model leave momentum ** n of the way. Buffers are copied."""
     for mean, new in zip(average.parameters(), model.parameters()):
         mean.lerp_(new, 1 - momentum)
     for mean, new in zip(average.buffers(), model.buffers()):
@@ -317,18 +313,18 @@ def update_average(average, model, momentum):
 
 
 class ProDANetwork(common.DeepLabV2):
-    """The shared backbone under the authors' head (--head proda) [C]: a signed feature of 256 channels for the prototypes.
+    """The shared backbone under the authors' head (--head proda) [C]: signed features of 256 channels.
 
     Five branches of 256 channels side by side, reweighted by squeeze and excitation, merged by a 3x3 convolution.
     """
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
         super().__init__(num_classes, backbone, weights)
-        kernels = [{"kernel_size": 1}] + [{"kernel_size": 3, "padding": d, "dilation": d} for d in (6, 12, 18, 24)]
+        shapes = [{"kernel_size": 1}] + [{"kernel_size": 3, "padding": d, "dilation": d} for d in (6, 12, 18, 24)]
         self.classifier = nn.ModuleDict({
             "branches": nn.ModuleList(
-                nn.Sequential(nn.Conv2d(self.feature_dim, 256, **kernel), nn.GroupNorm(32, 256), nn.ReLU(inplace=True))
-                for kernel in kernels),
+                nn.Sequential(nn.Conv2d(self.feature_dim, 256, **shape), nn.GroupNorm(32, 256), nn.ReLU(inplace=True))
+                for shape in shapes),
             "excite": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1280, 80, 1), nn.ReLU(inplace=True),
                                     nn.Conv2d(80, 1280, 1), nn.Sigmoid()),
             "merge": nn.Sequential(nn.Conv2d(1280, 256, 3, padding=1), nn.GroupNorm(32, 256)),
@@ -348,17 +344,17 @@ class ProDANetwork(common.DeepLabV2):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
+    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
-    return common.masked_mean(loss, label != common.IGNORE)
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
 
 
-def poly_lr(base, step, steps, power):
-    """The poly schedule: base * (1 - step / steps) ** power."""
+def poly_lr(base, step, steps, power=0.9):
+    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 
@@ -366,12 +362,10 @@ def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    fused = next(model.parameters()).is_cuda  # all weights in one kernel
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
+    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
+                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
+                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
+    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
 
 
 def set_lr(optimizer, lr):
@@ -380,34 +374,22 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def descend(loss, optimizer, *modules):
-    """One step of gradient descent; under torchrun every process takes the same one."""
-    optimizer.zero_grad()
-    loss.backward()
-    common.average_gradients(*modules)
-    optimizer.step()
-
-
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args), 0
-    if args.resume and (run.folder / file).exists():
-        start = common.load_training(run.folder / file, model, optimizer)
+    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    start = run.load(file, model, optimizer=optimizer)
     model.train()
-    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
-    for step, batch in enumerate(batches, start + 1):
-        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision):
-            _, logits = model(image)
+    for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps))
+        with common.autocast(args):
+            _, logits = network(image)  # (N, 3, H, W) -> (N, C, h, w)
         loss = criterion(logits, label)
-        descend(loss, optimizer, model)
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log_step("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
-            run.save(file, common.pack_training(model, optimizer, args, step))
-    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
-        common.broadcast(buffer)
-    model.eval()
+            run.save(file, step, model, optimizer=optimizer)
 # --- end ---
 
 
@@ -425,37 +407,25 @@ def strong_view(images, *seed):
 
     distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5),
                           v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
-    plain = torch.stack([images[:, i] * common.STD[i] + common.MEAN[i] for i in range(3)], 1).clamp(0, 1)  # (N, 3, H, W)
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (common.MEAN, common.STD))
     views = []
     with torch.random.fork_rng(devices=[]):
-        for number, image in enumerate(plain, common.rank() * len(plain)):
+        for number, image in enumerate(images, common.rank() * len(images)):
             torch.manual_seed(common.mix_seed(*seed, number))
-            views.append(distort(image))
-    views = torch.stack(views)
-    views = torch.stack([(views[:, i] - common.MEAN[i]) / common.STD[i] for i in range(3)], 1)
-    return views.contiguous(memory_format=torch.channels_last)
+            views.append((distort((image * std + mean).clamp(0, 1)) - mean) / std)
+    return torch.stack(views).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def prepare(model, args, run):
-    """Step 2: the warm-up model W, which stays as it is, the class marginal r (K,) and the prototypes' start (K, D).
-
-    One pass over the target train images as they are; kept in warmup.pt.
-    """
-    warm, path = copy.deepcopy(model), run.folder / "warmup.pt"
-    if args.resume and path.exists():
-        saved = common.read_checkpoint(path)
-        warm.load_state_dict(saved["model"])
-        return warm.eval(), saved["marginal"].to(args.device), saved["prototypes"].to(args.device)
-    common.adapt_batch_norm(warm, args)
+def prepare(warm, head, args):
+    """Step 2, one pass over the target train images as they are: the class marginal r and the prototypes' start."""
     warm.eval()
-    K = len(common.task_classes(args.source))
+    K, D = head.prototypes.shape
     pixels, images = torch.zeros(2, K, dtype=torch.int64, device=args.device).unbind()
-    sums = torch.zeros(K, model.feature_dim, device=args.device)
-    for batch in common.evaluation_loader(common.target_dataset(args, "train"), args):
-        with common.autocast(args.device, args.precision):
-            image = batch["image"].to(args.device, memory_format=torch.channels_last)
-            features, logits = warm(image)  # (N, D, h, w), (N, K, h, w)
+    sums = torch.zeros(K, D, device=args.device)
+    for batch in common.evaluation_batches(common.target_dataset(args, "train"), args):
+        with common.autocast(args):
+            features, logits = warm(batch["image"])  # (N, D, h, w), (N, K, h, w)
         label = logits.argmax(1)  # (N, h, w)
         pixels += torch.bincount(label.flatten(), minlength=K)
         least = max(1, round(10 / 33153 * label[0].numel()))  # 10 of the authors' 129 x 257 positions
@@ -463,143 +433,207 @@ def prepare(model, args, run):
         sums += part
         images += seen
     pixels, sums, images = (common.all_sum(t) for t in (pixels, sums, images))
-    marginal = pixels / pixels.sum()
-    random = torch.randn(sums.shape, generator=torch.Generator().manual_seed(common.mix_seed(args.seed, 13))).to(sums)
-    prototypes = F.normalize(torch.where(images[:, None] > 0, sums, random), dim=1)
-    run.log("warm-up", classes=int((pixels > 0).sum()), rarest=marginal[marginal > 0].min().item())
-    run.save("warmup.pt", {**common.pack_model(warm, args), "marginal": marginal, "prototypes": prototypes})
-    return warm, marginal, prototypes
+    generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 13))
+    random = torch.randn(sums.shape, generator=generator).to(sums)  # for classes that no image shows
+    head.start.copy_(F.normalize(torch.where(images[:, None] > 0, sums, random), dim=1))
+    head.prototypes.copy_(head.start)
+    if args.marginal == "pseudo":
+        head.marginal.copy_(pixels / pixels.sum())
 
 
-def assign(scores, past, marginal, args):
-    """Q_cur (N, n, K): CPSL-6 for every image by itself, on the bank's pixels and its own.
+def target_labels(x_t, warm, teacher, teacher_head, args):
+    """Labels y (N, H, W) of a target batch, argmax P_ST beside them, and the momentum network's features (N, D, h, w).
 
-    scores (N, n, K) of the images' pixels; past (M, K) of the bank's, M = 0 before it is full.
+    Without rectification y is argmax P_ST, and there are no features.
     """
-    both = torch.cat([past.expand(len(scores), -1, -1), scores], 1)  # (N, M + n, K)
-    return sinkhorn(both, marginal, args.epsilon, args.sinkhorn_iterations)[:, len(past):]
+    with torch.no_grad():
+        with common.autocast(args):
+            _, logits_w = warm(x_t)  # (N, K, h, w)
+        p_st = common.upsample(logits_w.float(), x_t.shape[2:]).softmax(1)  # P_ST, (N, K, H, W)
+        fixed = p_st.max(1).indices  # (N, H, W)
+        if not args.rectify:
+            return fixed, fixed, None
+        with common.autocast(args):
+            features_e, _ = teacher(x_t)  # (N, D, h, w)
+        cosine_e = common.upsample(teacher_head.cosine(features_e), x_t.shape[2:])  # (N, K, H, W)
+        return rectify(p_st, cosine_e, args.temperature), fixed, features_e  # CPSL-16, CPSL-17
 
 
-def prototype_losses(features_e, logits_e, inside, head, bank, logit_bank, marginal, args, step):
-    """CPSL-7 and, with --output-term, CPSL-8: the prototypes learn from the assignment of random pixels, which enter the banks.
+def prototype_loss(features_e, y, head, self_labeling, bank, args, generator):
+    """CPSL-7: the prototypes learn from the assignment of sampled pixels, which then enter the bank.
 
-    features_e (N, D, h, w), logits_e (N, K, h, w) of the momentum network; inside (N, h, w): not padding.
+    features_e (N, D, h, w) of the momentum network, y (N, h, w) its labels; self_labeling: the distributed head.
     """
-    position = pick_pixels(inside, args.pixels, common.draw(inside.shape, common.generator(args, 7, step)))  # (N, n)
+    u = torch.rand(y.shape, generator=generator, device=y.device)
+    position = pick_pixels(y, args.pixels, u, args.sampling == "proportional")  # (N, n), CPSL-18
     z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, n, D)
     c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
-    q = assign(z @ c.T, bank.usable() @ c.T, marginal, args)  # CPSL-5, CPSL-6: (N, n, K)
-    losses = {"sl": self_labeling_loss(z, head.prototypes, q, args.temperature)}  # CPSL-7
-    bank.push(common.all_gather(z.flatten(0, 1)))  # so that all processes keep the same bank
-    if args.output_term:
-        o = F.normalize(take_pixels(logits_e, position).float(), dim=2)  # (N, n, K)
-        q = assign(o, logit_bank.usable(), marginal, args)
-        losses["sl_out"] = self_labeling_loss(z, head.prototypes, q, args.temperature)  # CPSL-8
-        logit_bank.push(common.all_gather(o.flatten(0, 1)))
-    return losses
+    # CPSL-5, CPSL-6
+    q = assign(z @ c.T, bank.usable() @ c.T, head.marginal, args.epsilon, args.sinkhorn_iterations)  # (N, n, K)
+    bank.push(z.flatten(0, 1))
+    return self_labeling(z, q, args.temperature)
+
+
+def step_losses(network, self_labeling, frozen, head, bank, source, x_t, args, step):
+    """CPSL-11 and its terms: {"loss", "ce_s", "sce_t"} and, with rectification, "sl", perhaps "cons", and "changed".
+
+    network, self_labeling: what learns, as training calls it; frozen: the warm-up model, the momentum network and the
+    momentum head. source: (image, label). "changed": the share of pixels whose label the rectification changed.
+    """
+    warm, teacher, teacher_head = frozen
+    y_t, fixed, features_e = target_labels(x_t, warm, teacher, teacher_head, args)
+    with common.autocast(args):
+        (_, logits_s), (_, logits_t) = network(source[0]), network(x_t)  # (N, K, h, w)
+    terms = {"ce_s": segmentation_loss(logits_s, source[1]),  # CPSL-1
+             "sce_t": symmetric_cross_entropy(logits_t, y_t, args.alpha, args.beta)}  # CPSL-4
+    loss = terms["ce_s"] + terms["sce_t"]
+    if args.rectify:
+        y = common.grid_labels(y_t, features_e.shape[2:])  # (N, h, w)
+        terms["sl"] = prototype_loss(features_e, y, head, self_labeling, bank, args, common.generator(args, 7, step))
+        loss = loss + args.lambda_sl * terms["sl"]  # CPSL-11
+        if args.consistency:
+            with common.autocast(args):
+                features_v, _ = network(strong_view(x_t, args.seed, 8, step))  # (N, D, h, w)
+            cosine_e, cosine_v = teacher_head.cosine(features_e), teacher_head.cosine(features_v)  # (N, K, h, w)
+            terms["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature)  # CPSL-10
+            loss = loss + args.lambda_cons * terms["cons"]  # CPSL-11
+        terms["changed"] = (y_t != fixed).float().mean()
+    return {"loss": loss, **terms}
 
 
 def make_optimizer_with_prototypes(model, head, args):
-    """The shared groups plus, without weight decay because they are normalised on use, the prototypes."""
+    """The shared groups plus the prototypes: at their own rate, and without weight decay, normalised on use."""
     optimizer = make_optimizer(model, args)
-    optimizer.add_param_group({"params": [head.prototypes], "weight_decay": 0.0})
-    for group in optimizer.param_groups[1:]:  # the classifier's and the prototypes'
-        group["scale"] = args.head_scale
+    optimizer.param_groups[1]["scale"] = args.head_scale  # the classifier's
+    optimizer.add_param_group({"params": [head.prototypes], "weight_decay": 0.0, "scale": args.prototype_scale})
     return optimizer
 
 
+@torch.no_grad()
+def measure_labels(frozen, head, args):
+    """Meters: how far the prototypes moved, and on the toy the mIoU of the labels before and after rectification.
+
+    The labels are those of the target train images; the truth is looked at here and used nowhere.
+    """
+    meters = {"prototype_cosine": F.cosine_similarity(head.prototypes, head.start, dim=1).mean().item()}
+    if args.source == "toy":
+        metrics = {name: common.MeanIoU(len(head.marginal)) for name in ("labels_rectified", "labels_fixed")}
+        for module in frozen:
+            module.eval()
+        for batch in common.evaluation_batches(common.target_dataset(args, "train", labelled=True), args):
+            for metric, label in zip(metrics.values(), target_labels(batch["image"], *frozen, args)):
+                metric.update(label.cpu(), batch["label"])
+        for name, metric in metrics.items():
+            metric.confusion = common.all_sum(metric.confusion.to(args.device))
+            meters[name] = 100 * metric.mean(metric.present())
+    return meters
+
+
 def label_target(model, args, folder):
-    """Step 4: hard labels of the target train images from flip-averaged softmax, 255 where not surer than --confidence; as PNGs.
+    """Step 4: hard labels of the target train images, from flip-averaged softmax surer than --confidence; as PNGs.
 
     Returns what the log shows, see common.write_pseudo_labels.
     """
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-    labelled = ((batch, confident_labels(prob, args.confidence)) for batch, prob in common.predictions(model, dataset, args, flip=True))
+    labelled = ((batch, confident_labels(prob, args.confidence))
+                for batch, prob in common.predictions(model, dataset, args, flip=True))
     return common.write_pseudo_labels(folder, labelled, args)
 
 
-def distill(teacher, source, args, run, stage, file):
-    """Step 4: a student that starts anew learns from source labels, from the teacher's sure labels and from its softmax."""
+def distill_losses(network, teacher, source, target, args):
+    """CPSL-12 and its terms: source labels, the teacher's sure labels, the teacher's softmax. target: strong view."""
+    with common.autocast(args):
+        (_, logits_s), (_, logits_t) = network(source[0]), network(target[0])  # (N, K, h, w)
+        with torch.no_grad():
+            _, logits_teacher = teacher(target[0])
+    terms = {"ce_s": segmentation_loss(logits_s, source[1]), "ce_t": segmentation_loss(logits_t, target[1]),
+             "kd": kl_divergence(logits_teacher, logits_t)}  # CPSL-13
+    return {"loss": terms["ce_s"] + terms["ce_t"] + args.lambda_kd * terms["kd"], **terms}  # CPSL-12
+
+
+def distill(teacher, source, views, args, run, stage, file):
+    """Step 4: a student that starts anew learns from the teacher."""
     torch.manual_seed(common.mix_seed(args.seed, 9, stage))
     student, steps = build_model(args), args.distill_iterations
-    optimizer, done = make_optimizer(student, args), 0
-    if args.resume and (run.folder / file).exists():
-        done = common.load_training(run.folder / file, student, optimizer)
-    teacher.eval()
+    optimizer = make_optimizer(student, args)
+    done = run.load(file, student, optimizer=optimizer)
     labels = run.folder / "pseudo_labels" / f"stage{stage}"
     if done == 0:
         run.log(f"stage {stage}", **label_target(teacher, args, labels))
-    augment = common.training_augment(args.size, args.crop, args.scale_jitter)
-    target = common.target_dataset(args, "train", augment, label_dir=labels)
-    batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 10, stage), start=done, stop=steps)
-    batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 11, stage), start=done, stop=steps)
+    teacher.eval()
+    target = common.target_dataset(args, "train", common.training_augment(args), label_dir=labels)
+    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 10, stage), done, steps)
+    batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 11, stage), done, steps)
+    network = common.distribute(student)
     student.train()
-    for done, batch_s, batch_t in zip(range(done + 1, steps + 1), batches_s, batches_t):
+    for done, batch_s, (x_t, y_t) in zip(range(done + 1, steps + 1), batches_s, batches_t):
         set_lr(optimizer, common.ramp(done, args) * poly_lr(args.distill_lr, done - 1, steps, args.power))
-        x_s, y_s = common.to_device(batch_s, args.device)
-        x_t, y_t = common.to_device(batch_t, args.device)
-        x_t = strong_view(x_t, args.seed, 12, stage, done)
-        with common.autocast(args.device, args.precision):
-            (_, logits_s), (_, logits_t) = student(x_s), student(x_t)  # (N, K, h, w)
-            with torch.no_grad():
-                _, logits_teacher = teacher(x_t)
-        everywhere = torch.ones_like(logits_t[:, 0], dtype=torch.bool)  # (N, h, w)
-        losses = {"ce_s": segmentation_loss(logits_s, y_s), "ce_t": segmentation_loss(logits_t, y_t),
-                  "kd": kl_divergence(logits_teacher, logits_t, everywhere)}  # CPSL-13
-        loss = losses["ce_s"] + losses["ce_t"] + args.lambda_kd * losses["kd"]  # CPSL-12
-        descend(loss, optimizer, student)
-        run.watch(f"stage {stage}", done, steps, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
-        run.validate(f"stage {stage}", done, steps, student)
+        terms = distill_losses(network, teacher, batch_s, (strong_view(x_t, args.seed, 12, stage, done), y_t), args)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        run.log_step(f"stage {stage}", done, steps, lr=optimizer.param_groups[0]["lr"], **terms)
+        run.validate(f"stage {stage}", done, steps, student, views)
         if run.time_to_save(done, steps):
-            run.save(file, common.pack_training(student, optimizer, args, done))
-    common.adapt_batch_norm(student, args)
-    run.save(file, common.pack_training(student, optimizer, args, done))
+            run.save(file, done, student, optimizer=optimizer)
+    common.settle_batch_norm(student, views, args)
+    run.save(file, done, student, optimizer=optimizer)
     return student
 
 
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
-    add, both = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 90000), help="steps of self-training [C]")
-    add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 1e-4), help="its base learning rate [C]")
-    add("--head-scale", type=float, metavar="X", default=common.by_source(1.0, 5.0),
-        help="multiple of it for classifier and prototypes [C]; --head-lr is that of warm-up and distillation")
-    add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors' head, with its own warm-up")
-    add("--marginal", choices=("pseudo", "uniform"), default="pseudo", help="r: share of the warm-up model's labels [P], or 1/K")
-    add("--rectify", action=both, default=True, help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
-    add("--temperature", type=float, metavar="T", default=0.08, help="of the cosine softmax [C]")
-    add("--epsilon", type=float, default=0.05, help="eps, weight of the entropy in the transport problem [C]")
-    add("--sinkhorn-iterations", type=common.positive_int, metavar="N", default=3, help="n_it [C]")
-    add("--pixels", type=common.positive_int, metavar="N", default=common.by_source(64, 256), help="pixels per image in L_SL [C]")
-    add("--bank", type=common.natural_number, metavar="N", default=common.by_source(4096, 65536), help="pixels in the memory bank, 0 for none [C]")
-    add("--ema", type=float, metavar="X", default=common.by_source(0.99, 0.999), help="momentum of the two copies [C]")
-    add("--alpha", type=float, default=0.1, help="weight of CE on the target [C]")
-    add("--beta", type=float, default=1.0, help="weight of reverse CE on the target [C]")
-    add("--lambda-sl", type=float, default=0.1, help="weight of the self-labelling loss [C]")
-    add("--consistency", action=both, default=common.by_source(False, True), help="CPSL-10 [C], one more view of the target per step")
-    add("--lambda-cons", type=float, default=5.0, help="its weight [C]")
-    add("--output-term", action="store_true", help="add CPSL-8 [C]")
-    add("--cutmix", action="store_true", help="paste source rectangles into half of the target batches [C]")
-    add("--distill", type=common.natural_number, metavar="N", default=0, help="distillation stages after the self-training [C: 2]")
-    add("--distill-iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 90000), help="steps of each [C]")
-    add("--distill-lr", type=float, metavar="X", default=common.by_source(1e-3, 6e-4), help="their base learning rate [C]")
-    add("--confidence", type=float, metavar="X", default=0.95, help="that a label needs in the distillation [C]")
-    add("--lambda-kd", type=float, default=1.0, help="weight of the distillation loss [C]")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000),
+        help="steps of self-training [C]")
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-4),
+        help="its base learning rate [C]")
+    add("--head-scale", type=common.positive, metavar="X", default=common.by_source(1.0, 5.0),
+        help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
+    add("--prototype-scale", type=common.positive, metavar="X", default=5.0,
+        help="multiple of it for the prototypes [C]")
+    add("--head", choices=("deeplab", "proda"), default="deeplab",
+        help="proda: the authors' head, with its own warm-up")
+    add("--marginal", choices=("pseudo", "uniform"), default="pseudo",
+        help="r: share of the warm-up model's labels [P], or 1/K")
+    add("--sampling", choices=("proportional", "uniform"), default="proportional",
+        help="of pixels in L_SL: class by class, the paper's Eq. 9 [A], or over all pixels [C]")
+    add("--rectify", action=switch, default=True,
+        help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
+    add("--temperature", type=common.positive, metavar="T", default=0.08, help="T of the cosine softmax [C]")
+    add("--epsilon", type=common.positive, metavar="X", default=0.05, help="eps, weight of the entropy [C]")
+    add("--sinkhorn-iterations", type=common.count, metavar="N", default=3, help="n_it [C]")
+    add("--pixels", type=common.count, metavar="N", default=common.by_source(64, 256),
+        help="pixels per image in L_SL [C]")
+    add("--bank", type=common.natural, metavar="N", default=common.by_source(4096, 65536),
+        help="pixels in the memory bank, 0 for none [C]")
+    add("--ema", type=common.fraction, metavar="X", default=common.by_source(0.99, 0.999),
+        help="momentum of the two copies [C]")
+    add("--alpha", type=common.weight, metavar="X", default=0.1, help="weight of CE on the target [C]")
+    add("--beta", type=common.weight, metavar="X", default=1.0, help="weight of reverse CE on the target [C]")
+    add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
+    add("--consistency", action=switch, default=common.by_source(False, True),
+        help="CPSL-10 [C], one more view of the target per step")
+    add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="its weight [C]")
+    add("--distill", type=common.natural, metavar="N", default=0, help="distillation stages afterwards [C: 2]")
+    add("--distill-iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000),
+        help="steps of each [C]")
+    add("--distill-lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 6e-4),
+        help="their base learning rate [C]")
+    add("--confidence", type=common.fraction, metavar="X", default=0.95, help="that a label needs in distillation [C]")
+    add("--lambda-kd", type=common.weight, metavar="X", default=1.0, help="weight of the distillation loss [C]")
     return common.parse(parser)
 
 
 def main():
     args = parse_args()
     if args.head == "proda" and args.init:
-        raise common.InputError("--init: no checkpoint of source_only.py has the --head proda, which trains its own warm-up model")
+        raise common.InputError("--init: no checkpoint of source_only.py has the --head proda, which trains its own")
     if args.backbone == "vgg16-fcn8s":
         raise common.InputError("--backbone vgg16-fcn8s: CPSL needs features and logits on one grid, DeepLabV2's")
     run = common.Run("cpsl", args)
-    source_size = args.size if args.source == "toy" else args.source_size
-    source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
-    augment = common.with_padding_mask(common.training_augment(args.size, args.crop, args.scale_jitter))
-    target = common.target_dataset(args, "train", augment)
-    common.target_dataset(args, "val")  # say now if something is missing
+    source = common.source_dataset(args, common.training_augment(args, args.source_size))
+    views = common.target_dataset(args, "train", common.training_augment(args))
 
     # Step 1: the source-only model, trained here or given.
     model = build_model(args)
@@ -609,87 +643,51 @@ def main():
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
 
-    # Step 2: the frozen warm-up model, the class marginal, the prototypes; momentum copies and empty banks.
-    warm, marginal, prototypes = prepare(model, args, run)
-    if args.marginal == "uniform":
-        marginal = torch.full_like(marginal, 1 / len(marginal))
-    head = SelfLabelingHead(prototypes)
-    # Neither momentum copy is given to the optimizer. The network's parameters keep requires_grad, because a batch norm
-    # without it counts as frozen.
+    # Step 2: the frozen warm-up model, the class marginal, the prototypes; momentum copies and an empty bank.
+    common.settle_batch_norm(model, views, args)
+    warm = copy.deepcopy(model).eval()
+    head = SelfLabelingHead(len(common.task_classes(args.source)), model.feature_dim).to(args.device)
+    if run.load("warmup.pt", warm, head=head) == 0:
+        prepare(warm, head, args)
+        r = head.marginal
+        run.log("warm-up", classes=int((r > 0).sum()), rarest=r[r > 0].min().item())
+        run.save("warmup.pt", 1, warm, head=head)
+    # Neither copy is given to the optimizer. The network's keeps requires_grad, without which a batch norm is frozen.
     teacher, teacher_head = copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
-    bank, logit_bank = MemoryBank(args.bank, model.feature_dim, args.device), MemoryBank(args.bank, len(marginal), args.device)
-    parts = {"head": head, "teacher": teacher, "teacher_head": teacher_head, "bank": bank, "logit_bank": logit_bank}
+    bank, frozen = MemoryBank(args.bank, model.feature_dim, args.device), (warm, teacher, teacher_head)
 
-    # Step 3: self-training. Names end in s for source, t for target, e for the momentum network ("teacher"), w for the warm-up
-    # model, v for the strong view. The last stage of the run writes last.pt.
+    # Step 3: self-training. The last stage of the run writes last.pt.
     files = [f"stage{k}.pt" for k in range(1, args.distill + 1)] + ["last.pt"]
-    optimizer, done = make_optimizer_with_prototypes(model, head, args), 0
-    if args.resume and (run.folder / files[0]).exists():
-        done = common.load_training(run.folder / files[0], model, optimizer, **parts)
-    batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=args.iterations)
-    batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=args.iterations)
+    optimizer = make_optimizer_with_prototypes(model, head, args)
+    parts = {"optimizer": optimizer, "head": head, "teacher": teacher, "teacher_head": teacher_head, "bank": bank}
+    done = run.load(files[0], model, **parts)
+    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, args.iterations)
+    batches_t = common.training_batches(views, args, common.mix_seed(args.seed, 5), done, args.iterations)
+    network, self_labeling = common.distribute(model), common.distribute(head)
     model.train()
     teacher.train()
-    for done, batch_s, batch_t in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
+    for done, batch_s, (x_t, _) in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
         set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
-        x_s, y_s = common.to_device(batch_s, args.device)
-        x_t, padding = common.to_device(batch_t, args.device)  # (N, 3, H, W), (N, H, W): 255 outside the picture, else 0
-        valid = padding != common.IGNORE  # (N, H, W)
-
-        # Labels of the target batch.
-        with torch.no_grad():
-            with common.autocast(args.device, args.precision):
-                _, logits_w = warm(x_t)  # (N, K, h, w)
-                features_e, logits_e = teacher(x_t) if args.rectify else (None, None)  # (N, D, h, w), (N, K, h, w)
-            p_st = common.upsample(logits_w.float(), valid.shape[1:]).softmax(1)  # P_ST, (N, K, H, W)
-            y_t = p_st.max(1).indices  # (N, H, W)
-            if args.rectify:
-                cosine_e = teacher_head(features_e)  # (N, K, h, w)
-                rectified = rectify(p_st, common.upsample(cosine_e, valid.shape[1:]), args.temperature)  # CPSL-16, CPSL-17
-                changed = common.masked_mean((rectified != y_t).float(), valid)
-                y_t = rectified
-            y_t = torch.where(valid, y_t, common.IGNORE)
-
-        x_mixed = x_t
-        if args.cutmix:
-            x_mixed, y_t = cutmix(x_s, y_s, x_t, y_t, torch.Generator().manual_seed(common.mix_seed(args.seed, 6, done)))
-        with common.autocast(args.device, args.precision):
-            (_, logits_s), (_, logits_t) = model(x_s), model(x_mixed)  # (N, K, h, w)
-        losses = {"ce_s": segmentation_loss(logits_s, y_s),  # CPSL-1
-                  "sce_t": symmetric_cross_entropy(logits_t, y_t, args.alpha, args.beta)}  # CPSL-4
-        loss = losses["ce_s"] + losses["sce_t"]
-
-        if args.rectify:
-            inside = common.grid_labels(padding, features_e.shape[2:]) != common.IGNORE  # (N, h, w)
-            learned = prototype_losses(features_e, logits_e, inside, head, bank, logit_bank, marginal, args, done)
-            losses.update(learned)
-            loss = loss + args.lambda_sl * sum(learned.values())  # CPSL-9, CPSL-11
-            if args.consistency:
-                view = strong_view(x_t, args.seed, 8, done)
-                with common.autocast(args.device, args.precision):
-                    features_v, _ = model(view)  # (N, D, h, w)
-                cosine_v = teacher_head(features_v)  # (N, K, h, w)
-                losses["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature, inside)  # CPSL-10
-                loss = loss + args.lambda_cons * losses["cons"]  # CPSL-11
-            losses["changed"] = changed  # share of pixels whose label the rectification changed
-
-        descend(loss, optimizer, model, head)
-        if args.rectify:
-            update_average(teacher, model, args.ema)
-            update_average(teacher_head, head, args.ema)
-        run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
-        run.validate("adapt", done, args.iterations, model)
+        terms = step_losses(network, self_labeling, frozen, head, bank, batch_s, x_t, args, done)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        update_average(teacher, model, args.ema)
+        update_average(teacher_head, head, args.ema)
+        run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms)
+        run.validate("adapt", done, args.iterations, model, views)
         if run.time_to_save(done, args.iterations):
-            run.save(files[0], common.pack_training(model, optimizer, args, done, **parts))
-    common.adapt_batch_norm(model, args)
-    run.save(files[0], common.pack_training(model, optimizer, args, done, **parts))
+            run.save(files[0], done, model, **parts)
+    common.settle_batch_norm(model, views, args)
+    run.save(files[0], done, model, **parts)
+    meters = measure_labels(frozen, head, args) if args.rectify else {}
 
     # Step 4: distillation.
     for stage, file in enumerate(files[1:], 2):
-        model = distill(model, source, args, run, stage, file)
+        model = distill(model, source, views, args, run, stage, file)
 
     # Step 5: both models on the target's validation split, the rare classes and the class histogram among the figures.
-    common.compare_with_source_only({"CPSL": model}, args, run, source_model)
+    common.compare_with_source_only({"CPSL": model}, args, run, source_model, **meters)
 
 
 if __name__ == "__main__":
