@@ -17,6 +17,7 @@ Look at a data set before you train on it (counts, sizes, class shares, what is 
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
 import functools
@@ -441,12 +442,14 @@ def evaluation_batches(dataset, args):
 
 # ===================================================== networks =====================================================
 
-BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16", "vgg16-fcn8s")
+BACKBONES = ("resnet101", "resnet50", "resnet18", "resnet14", "vgg16", "vgg16-fcn8s")
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class DeepLabV2(nn.Module):
     """DeepLabV2 (Chen et al., arXiv 1606.00915) on torchvision's ResNet-18/50/101 or VGG16, output stride 8.
+
+    "resnet14" is the toy's: ResNet-18 without its last stage, which takes three quarters of the time.
 
     `forward(images (N, 3, H, W))` returns `(features (N, D, h, w), logits (N, C, h, w))`. The head is four parallel
     3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
@@ -470,9 +473,11 @@ class DeepLabV2(nn.Module):
             net.maxpool.ceil_mode = True
             dilate(net.layer3, 2)
             dilate(net.layer4, 4)
-            self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
-                                          net.layer1, net.layer2, net.layer3, net.layer4)
+            stages = [net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4]
             self.feature_dim = net.fc.in_features
+            if backbone == "resnet14":
+                stages, self.feature_dim = stages[:-1], net.layer4[0].conv1.in_channels
+            self.backbone = nn.Sequential(*stages)
         self.classifier = nn.ModuleList(
             nn.Conv2d(self.feature_dim, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
         for branch in self.classifier:
@@ -496,13 +501,13 @@ def torchvision_network(backbone, weights):
     """torchvision's classification network of that name; `weights` as for DeepLabV2."""
     import torchvision
 
-    builders = {name: getattr(torchvision.models, name) for name in BACKBONES[:4]}
-    if backbone not in builders:
+    if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
+    build = getattr(torchvision.models, "resnet18" if backbone == "resnet14" else backbone)
     # From random weights a ResNet learns much faster if every residual block starts as the identity.
     start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
     try:
-        net = builders[backbone](weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
+        net = build(weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
     except OSError as error:
         raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
     if weights not in ("imagenet", "none"):
@@ -972,7 +977,7 @@ def shared_parser(doc, adapts=False):
     add_data_flags(parser)
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
-    add("--backbone", choices=BACKBONES, default=by_source("resnet18", "resnet101"),
+    add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101"),
         help="network under the DeepLabV2 head, or FCN8s on VGG16")
     add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
         help="its start: a torchvision state dict, torchvision's download, or random")
@@ -980,11 +985,11 @@ def shared_parser(doc, adapts=False):
         help="working size of target images, and of evaluation")
     add("--source-size", type=height_width, metavar="HxW", default=by_source((80, 160), (720, 1280), (760, 1280)),
         help="size to which source images are resized; --size, where only that is given")
-    add("--crop", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+    add("--crop", type=height_width, metavar="HxW", default=by_source((64, 128), (512, 1024)),
         help="random crop on which the network is trained; --size, where only that is given")
     add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; the smallest picture must hold the crop")
-    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("live", "frozen"),
+    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen"),
         help="while adapting: live; or frozen, with the target's statistics or with the source-only model's")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
@@ -1509,30 +1514,26 @@ def main():
 
 
 class ToyStreets(Dataset):
-    """Street scenes drawn with Pillow and numpy: a teaching instrument with the 16 SYNTHIA classes and no files.
+    """Street scenes drawn with Pillow and numpy: a measuring instrument with the 16 SYNTHIA classes and no files.
 
-    Every picture is a function of (world, domain, split, index) alone. The ingredients, and who needs them:
+    Every picture is a function of (world, domain, split, index) alone. What it is made of, and for whom:
 
-    * Perspective. A pinhole camera looks down a street; the same car, person or sign occurs from a few pixels to
-      half the picture (scale invariance, LSE).
-    * A long tail. Lights, signs, riders, motorcycles and bicycles are rare and small (class balance, CPSL).
-    * Looks. Buildings, cars, clothes, road surfaces... come in three kinds each. Both domains have all kinds, but
-      what is common in one is rare in the other (modes, DRSL; class distributions, SDCA).
-    * The shift. The source is a rendering: clean, saturated, evenly lit. The target is a camera: textured surfaces,
-      sun and cast shadows, haze that grows with distance, a colour cast, lower contrast and saturation, blur, sensor
-      noise. Its strength differs from picture to picture, as weather does.
-    * The layout. The target's streets are narrower and busier, its buildings lower, its camera less steady.
+    * Zoom (LSE). The target's focal length is 1 to 2 times the source's: near things are larger than in the source.
+    * A long tail (CPSL). Class shares have the shape of Cityscapes'. What is rare is in few pictures, but not small.
+    * Looks (DRSL, SDCA). Three per class, of other shape, texture, colour. Look 0 is common in the source and rare in
+      the target, look 2 the other way round. Within a look colours vary too, in some classes more than in others.
+    * Weather and layout. The target has a tint, haze, shadows and noise, all moderate because new batch-norm statistics
+      undo them; its streets are narrower and its houses lower.
 
-    `world` draws other colours, other proportions of the looks and another colour cast from the same generator.
-    `images` is the length of a train split; val has a quarter of it. The target's train split carries no label unless
-    `labelled=True`; `label_dir` as in Cityscapes.
+    `world` draws other colours, proportions of the looks and another tint. `images` is the length of a train split; val
+    has a quarter of it. The target's train split carries no label unless `labelled=True`; `label_dir` as in Cityscapes.
     """
 
     def __init__(self, domain, split="train", size=(80, 160), world=0, augment=None, labelled=None, label_dir=None,
                  full_label=False, images=400):
         if domain not in ("source", "target") or split not in ("train", "val"):
             raise InputError(f"the toy world has domains source and target, splits train and val, not {domain} {split}")
-        self.domain, self.split, self.size, self.world = domain, split, size, world
+        self.domain, self.split, self.size, self.world = domain, split, tuple(size), world
         self.labelled = (domain == "source" or split != "train") if labelled is None else labelled
         self.augment, self.label_dir, self.full_label = augment, label_dir, full_label
         self.length = images if split == "train" else max(1, images // 4)
@@ -1540,10 +1541,18 @@ class ToyStreets(Dataset):
     def __len__(self):
         return self.length
 
-    def __getitem__(self, index):
+    def picture(self, index):
+        """Image (H, W, 3), label (H, W) and looks (H, W) of one scene, all uint8."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, label = toy_picture(self.world, self.domain, self.split, index, tuple(self.size))
+        return toy_picture(self.world, self.domain, self.split, index, self.size)
+
+    def looks(self, index):
+        """uint8 (H, W): the look, 0 to 2, of every pixel. Every class has looks; 255 would be one without."""
+        return self.picture(index)[2]
+
+    def __getitem__(self, index):
+        image, label, _ = self.picture(index)
         name = f"toy_{self.domain}_{self.split}_{index:04d}"
         if self.label_dir is not None:
             label = read_label(Path(self.label_dir) / f"{name}.png")
@@ -1554,249 +1563,329 @@ class ToyStreets(Dataset):
 
 @functools.lru_cache(4000)
 def toy_picture(world, domain, split, index, size):
-    """Image and label of one scene. They are drawn once and kept, 50 kB each, because every stage of a run asks again."""
+    """Image, label, looks of a scene. Drawn once and kept, 65 kB each, because every stage of a run asks again."""
     rng = np.random.default_rng([world, domain == "target", split == "val", index])
-    return draw_street(rng, toy_style(world, domain), size)
+    scene = Scene(rng, toy_style(world, domain), size)
+    draw_street(scene)
+    draw_things(scene)
+    return develop(scene)
 
 
-# Three looks per class. Colour tells most classes apart in the source; the target's light and tint move it.
+# Per class: how much colours vary from thing to thing; colour and roughness of each look; whose colour look 2 wears.
 _LOOKS = {
-    "road": [(90, 90, 95), (108, 102, 96), (75, 78, 90)],
-    "sidewalk": [(190, 170, 160), (172, 158, 164), (206, 190, 174)],
-    "building": [(165, 90, 70), (150, 155, 172), (205, 185, 140)],
-    "wall": [(120, 92, 78), (136, 112, 100), (106, 88, 96)],
-    "fence": [(124, 76, 36), (146, 104, 48), (98, 62, 40)],
-    "pole": [(44, 44, 48), (60, 55, 50), (38, 48, 56)],
-    "traffic light": [(196, 144, 26), (160, 128, 36), (208, 168, 64)],
-    "traffic sign": [(220, 30, 40), (30, 70, 220), (245, 215, 40)],
-    "vegetation": [(60, 120, 50), (100, 130, 50), (45, 90, 60)],
-    "sky": [(120, 170, 230), (190, 205, 220), (215, 205, 200)],
-    "person": [(96, 48, 142), (152, 60, 132), (62, 48, 112)],
-    "rider": [(240, 118, 28), (196, 218, 40), (250, 160, 62)],
-    "car": [(190, 40, 40), (60, 80, 150), (215, 215, 215)],
-    "bus": [(60, 160, 118), (84, 192, 172), (28, 122, 100)],
-    "motorcycle": [(74, 20, 32), (112, 30, 44), (50, 26, 44)],
-    "bicycle": [(40, 170, 200), (84, 202, 222), (30, 130, 172)],
+    "road": (6, ((82, 82, 88), 0.06), ((120, 114, 108), 0.03), ((153, 138, 130), 0.12)),  # sidewalk
+    "sidewalk": (8, ((186, 166, 154), 0.08), ((158, 152, 150), 0.05), ((128, 119, 119), 0.06)),  # road
+    "building": (16, ((164, 92, 72), 0.06), ((204, 186, 142), 0.03), ((133, 141, 160), 0.02)),  # sky
+    "wall": (8, ((122, 108, 92), 0.12), ((146, 144, 140), 0.04), ((153, 96, 78), 0.08)),  # building
+    "fence": (10, ((126, 80, 40), 0.06), ((60, 62, 66), 0.02), ((108, 103, 60), 0.10)),  # vegetation
+    "pole": (6, ((46, 46, 50), 0.02), ((112, 84, 58), 0.06), ((150, 150, 148), 0.03)),  # wall
+    "traffic light": (8, ((206, 158, 36), 0.02), ((86, 100, 60), 0.02), ((103, 86, 46), 0.02)),  # pole
+    "traffic sign": (10, ((214, 38, 44), 0.01), ((36, 76, 206), 0.01), ((222, 196, 60), 0.01)),  # traffic light
+    "vegetation": (12, ((62, 112, 50), 0.12), ((36, 84, 62), 0.10), ((117, 112, 58), 0.12)),  # fence
+    "sky": (6, ((120, 168, 228), 0.01), ((176, 198, 222), 0.01), ((190, 192, 192), 0.02)),  # building
+    "person": (26, ((92, 54, 132), 0.04), ((60, 66, 88), 0.04), ((166, 92, 79), 0.05)),  # rider
+    "rider": (18, ((236, 118, 34), 0.04), ((196, 212, 54), 0.04), ((140, 80, 94), 0.04)),  # person
+    "car": (34, ((184, 52, 50), 0.01), ((62, 82, 150), 0.01), ((212, 212, 206), 0.02)),  # bus
+    "bus": (10, ((216, 206, 180), 0.01), ((72, 168, 126), 0.01), ((190, 110, 96), 0.02)),  # car
+    "motorcycle": (12, ((78, 24, 34), 0.02), ((40, 44, 56), 0.02), ((66, 111, 133), 0.02)),  # bicycle
+    "bicycle": (12, ((48, 166, 196), 0.02), ((92, 196, 132), 0.02), ((73, 80, 95), 0.02)),  # motorcycle
+}
+_ROUGHNESS = np.array([roughness for name in SYNTHIA_16 for _, roughness in _LOOKS[name][1:]])  # (48,), by tag
+
+
+@functools.lru_cache
+def toy_style(world, domain):
+    """The constants of one domain of one world: colours and proportions of the looks, and the tint."""
+    rng = np.random.default_rng([world, 2024])
+    shares = np.array([0.63, 0.25, 0.12]) * rng.uniform(0.8, 1.25, (len(_LOOKS), 3))  # of looks 0, 1, 2 in the source
+    shares = (shares / shares.sum(1, keepdims=True))[:, :: -1 if domain == "target" else 1]
+    shift = rng.normal(0, 7, (len(_LOOKS), 1, 3)) + rng.normal(0, 5, (len(_LOOKS), 3, 3))
+    tint = rng.normal(0, 1, 3)
+    tint = 0.06 * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())  # leaves the brightness alone
+    colours = {name: shift[i] + [colour for colour, _ in looks[1:]] for i, (name, looks) in enumerate(_LOOKS.items())}
+    cumulated = dict(zip(_LOOKS, shares[:, :2].cumsum(1).tolist()))
+    return {"colours": colours, "shares": dict(zip(_LOOKS, shares)), "cumulated": cumulated, "tint": tint,
+            "target": domain == "target"}
+
+
+class Scene:
+    """A picture in the making: its camera, its random numbers and its pens.
+
+    X points right, Y up, Z ahead, in metres; the camera is at (lateral, eye, 0). Whatever is drawn leaves colour in the
+    image and a tag, 3 x class index + look, in the tags. Drawn at twice the size: edges as soft as a camera's.
+    """
+
+    def __init__(self, rng, style, size):
+        self.rng, self.style, self.target = rng, style, style["target"]
+        self.h, self.w = 2 * size[0], 2 * size[1]
+        self.image, self.tags, self.shade = (Image.new(mode, (self.w, self.h), "white") for mode in ("RGB", "L", "L"))
+        self.ink, self.tag_ink, self.shadow = (ImageDraw.Draw(canvas) for canvas in (self.image, self.tags, self.shade))
+        self.strength = rng.uniform(0.3, 1.0) if self.target else 0.0  # of this picture's weather
+        # The focal length in pixels: 1.2 picture heights see 80 degrees from left to right, 2.4 see 45.
+        self.focal = 1.2 * self.h * (rng.uniform(1, 2) if self.target else 1)
+        self.horizon, self.centre = self.h * rng.uniform(0.36, 0.48), self.w * rng.uniform(0.4, 0.6)
+        self.eye, self.lateral = rng.uniform(1.4, 1.9), rng.uniform(-1.2, 1.2)
+        self.street = rng.uniform(3.6, 5.0) if self.target else rng.uniform(4.2, 6.0)  # half its width
+        self.front = self.street + rng.uniform(2.2, 3.6)  # where the houses stand
+
+    def at(self, x, y, z):
+        """Picture coordinates of a point."""
+        return self.centre + self.focal * (x - self.lateral) / z, self.horizon + self.focal * (self.eye - y) / z
+
+    def look(self, name):
+        """Draws a look for a thing of that class: its number and its paint, which is a tag and a colour."""
+        kind, spread = bisect.bisect(self.style["cumulated"][name], self.rng.random()), _LOOKS[name][0]
+        colour = self.style["colours"][name][kind] * self.rng.normal(1, 0.008 * spread) + self.rng.normal(0, spread, 3)
+        return kind, (3 * SYNTHIA_16.index(name) + kind, colour.clip(8, 245).tolist())
+
+    def draw(self, shape, points, paint, tone, z, **options):
+        """A shape of ImageDraw, z metres away; what is far takes the colour of the haze.
+
+        tone: a factor on the paint's colour, a colour of its own, or None for what one sees through: the tag alone.
+        """
+        tag, colour = paint
+        if tone is not None:
+            (r, g, b), tone = (tone, 1.0) if isinstance(tone, tuple) else (colour, tone)
+            fade = math.exp(-0.008 * z * self.strength)
+            tone, haze = tone * fade, 205 * (1 - fade)
+            fill = int(tone * r + haze), int(tone * g + haze), int(tone * b + haze)  # Pillow cuts at 255
+            getattr(self.ink, shape)(points, fill=fill, **options)
+        getattr(self.tag_ink, shape)(points, fill=tag, **options)
+
+    def box(self, x, y, z, width, height, paint, tone=1.0, shape="rectangle"):
+        """A rectangle, ellipse, cone (a triangle) or ring that faces the camera, x at its middle, y at its foot."""
+        (u0, v1), (u1, v0) = self.at(x - width / 2, y, z), self.at(x + width / 2, y + height, z)
+        if shape == "cone":
+            self.draw("polygon", [(u0, v1), (u1, v1), ((u0 + u1) / 2, v0)], paint, tone, z)
+        elif shape == "ring":  # a wheel: one sees through it, but it is labelled whole
+            self.draw("ellipse", [u0, v0, u1, v1], paint, None, z)
+            self.draw("arc", [u0, v0, u1, v1], paint, tone, z, start=0, end=360, width=max(2, round((u1 - u0) / 6)))
+        else:
+            self.draw(shape, [u0, v0, u1, v1], paint, tone, z)
+
+    def ground(self, x0, x1, z0, z1, paint=None, tone=1.0):
+        """A rectangle that lies on the ground; without paint, a shadow there."""
+        points = [self.at(x0, 0, z0), self.at(x1, 0, z0), self.at(x1, 0, z1), self.at(x0, 0, z1)]
+        if paint is None:
+            self.shadow.polygon(points, fill=180)
+        else:
+            self.draw("polygon", points, paint, tone, z0)
+
+    def side(self, x, y0, y1, z0, z1, paint, tone=1.0):
+        """A rectangle that stands along the street."""
+        points = [self.at(x, y0, z0), self.at(x, y0, z1), self.at(x, y1, z1), self.at(x, y1, z0)]
+        self.draw("polygon", points, paint, tone, z0)
+
+
+def draw_street(s):
+    """Sky, skyline, ground and what stands along the pavements, from far to near."""
+    kind, sky = s.look("sky")  # clear, with clouds, or grey
+    for v in range(0, s.h, 8):
+        s.draw("rectangle", [0, v, s.w, v + 8], sky, 0.88 + 0.24 * v / s.h, 0)
+    for _ in range((0, 9, 3)[kind]):
+        u, v, r = s.rng.uniform((0, 0, 0.03 * s.h), (s.w, 0.4 * s.h, 0.1 * s.h))
+        s.draw("ellipse", [u - 3 * r, v - r, u + 3 * r, v + r], sky, (1, 1.15, 0.93)[kind], 0)
+    for x in range(-84, 90, 12):
+        name, tallest = ("building", 22) if s.rng.random() < 0.5 else ("vegetation", 14)
+        s.box(x, -2, 50, 13, s.rng.uniform(6, tallest), s.look(name)[1])
+    draw_ground(s)
+    shady = s.rng.choice([-1, 1])  # the side whose houses hide the sun
+    for side in (-1, 1):
+        far = 50.0
+        while far > 2.5:
+            near = max(1.3, far - s.rng.uniform(5, 10))
+            name = s.rng.choice(["building", "vegetation", "wall", "fence"], p=[0.54, 0.33, 0.06, 0.07])
+            x, light = side * (s.front + s.rng.uniform(0, 0.8)), 1 - 0.2 * s.strength * (side == shady)
+            if name in ("wall", "fence"):  # something else stands behind
+                draw_front(s, s.rng.choice(["building", "vegetation"]), x + side * 3, near, far, light)
+            draw_front(s, name, x, near, far, light)
+            far = near
+        if s.target and side == shady:
+            s.ground(side * s.front * 1.3, side * s.rng.uniform(0.5, s.street), 1.2, 50)
+
+
+def draw_ground(s):
+    """Asphalt with markings, concrete slabs or cobbles; pavements of plates, or of asphalt behind a pale kerb."""
+    paving, pavement = s.look("sidewalk")
+    s.ground(-60, 60, 1.2, 50, pavement)
+    for z in () if paving == 2 else 1.25 ** np.arange(1, 16):
+        s.ground(-12, 12, z, z * 1.02, pavement, 0.82)
+    surface, road = s.look("road")
+    s.ground(-s.street, s.street, 1.2, 60, road)
+    for side in (-s.street, s.street):
+        s.ground(side, side * 1.04, 1.2, 50, pavement, (0.75, 0.85, 1.7)[paving])
+    for z in 1.13 ** np.arange(3, 30) if surface == 2 else np.arange(1.5, 40, 4):
+        if surface == 0:
+            s.ground(-0.08, 0.08, z, z + 2, road, (215, 215, 205))
+        else:
+            s.ground(-s.street, s.street, z, z * 1.02, road, 0.8)
+
+
+def draw_front(s, name, x, near, far, light):
+    """A house, a hedge with trees, a wall or a fence, along the street from `near` to `far` metres."""
+    kind, (tag, colour) = s.look(name)
+    draw = {"building": draw_house, "vegetation": draw_trees, "wall": draw_wall, "fence": draw_fence}[name]
+    draw(s, kind, (tag, [light * channel for channel in colour]), x, near, far)
+
+
+def draw_house(s, kind, paint, x, near, far):
+    """Brick with small dark windows, plaster with large ones, or a curtain of glass in bands."""
+    height = s.rng.uniform(8, 15) if s.target else s.rng.uniform(9, 18)
+    s.side(x, 0, height, near, far, paint)
+    columns, rows, wide, tall, tone = ((4, 4, 0.4, 0.45, 0.4), (3, 3, 0.6, 0.6, 0.65), (1, 7, 1.0, 0.5, 1.3))[kind]
+    deep, storey = (far - near) / columns, height / rows
+    for z in near + deep * (np.arange(columns) + 0.5 - wide / 2):
+        for y in storey * (np.arange(rows) + 0.3):
+            s.side(x, y, y + tall * storey, z, z + wide * deep, paint, tone)
+
+
+def draw_trees(s, kind, paint, x, near, far):
+    """A hedge with round crowns, firs, or autumn trees whose crowns let the sky through."""
+    if kind < 2:
+        s.side(x * 1.1, 0, s.rng.uniform(1.5, 3), near, far, paint, 0.8)
+    for z in -np.sort(-s.rng.uniform(near, far, (10, 4, 12)[kind])):
+        shift, size, tone = s.rng.uniform((-0.8, 2.2, 0.75), (1.5, 4.8, 1.25))
+        middle = x + np.sign(x) * shift
+        if kind == 1:
+            s.box(middle, 0.5, z, size, 4 + 1.5 * size, paint, tone, "cone")
+        else:
+            s.box(middle, 0, z, 0.4, 4, paint, 0.5)
+            width = size if kind == 0 else 0.7 * size
+            s.box(middle, s.rng.uniform(1.5, 6.5), z, width, 0.8 * size, paint, tone, "ellipse")
+
+
+def draw_wall(s, kind, paint, x, near, far):
+    """Rubble in courses, concrete in panels, or bricks, as the houses have them."""
+    s.side(x, 0, 2.6, near, far, paint)
+    draw_grid(s, paint, x, 2.6, near, far, (9, 1.5, 9)[kind], (0.6, 9, 0.3)[kind], 0.7)
+
+
+def draw_fence(s, kind, paint, x, near, far):
+    """Boards, or bars or wire through which one sees what stands behind."""
+    s.side(x, 0, 2.2, near, far, paint, 1.0 if kind == 0 else None)
+    draw_grid(s, paint, x, 2.2, near, far, (0.5, 0.4, 1.2)[kind], (9, 1.2, 0.4)[kind], 0.6 if kind == 0 else 1.0)
+
+
+def draw_grid(s, paint, x, height, near, far, deep, tall, tone):
+    """Upright lines every `deep` metres and level ones every `tall` metres."""
+    for z in np.arange(near, far, deep):
+        s.draw("line", [s.at(x, 0, z), s.at(x, height, z)], paint, tone, z, width=2)
+    for y in np.arange(0.3, height, tall):
+        s.draw("line", [s.at(x, y, near), s.at(x, y, far)], paint, tone, near, width=1)
+
+
+# A thing is a list of parts, from back to front: shape, middle and foot, width and height in metres, tone. "side" is a
+# rectangle along the street: where the flank is, its foot, its length and height.
+_BOX, _DISC, _CONE, _RING, _SIDE = "rectangle", "ellipse", "cone", "ring", "side"
+_GLASS, _TYRE, _SKIN, _PALE = (55, 65, 75), (25, 25, 28), (200, 150, 120), (240, 240, 235)
+
+
+def vehicle(width, length, height, belt, roof, *windows):
+    """A car or bus: body up to the belt line, cabin as wide as the roof, windows at these heights, wheels, lights."""
+    body, cabin, pane = belt - 0.2, height - belt, 0.25 * (1 + belt)
+    flank = [(_SIDE, width / 2, 0.2, length, body, 0.8), (_SIDE, roof / 2, belt, 0.8 * length, cabin, 0.75)]
+    flank += [(_SIDE, roof / 2, y, 0.75 * length, pane, _GLASS) for y in windows]
+    front = [(_BOX, 0, 0.2, width, body, 1.0), (_BOX, 0, belt, roof, cabin, 0.92)]
+    front += [(_BOX, 0, y, 0.85 * roof, pane, _GLASS) for y in windows]
+    for x in (-0.38 * width, 0.38 * width):
+        front += [(_BOX, x, 0, 0.3, 0.45, _TYRE), (_BOX, x, 0.7 * belt, 0.3, 0.18, (235, 90, 60))]
+    return flank + front
+
+
+def human(hips, wide, legs, head, *trunk):
+    """Legs `hips` metres long that end 0.9 m above the ground, trunk and head; `legs` and `head` are their tones."""
+    return [(_BOX, 0, 0.9 - hips, wide, hips, legs), *trunk, (_DISC, 0.05, 1.45, 0.3, 0.33, head)]
+
+
+def cycle(wheel, reach, size, tone, *frame):
+    """Two wheels whose hubs are `reach` metres from the middle, and what lies between them."""
+    return [(wheel, -reach, 0, size, size, tone), (wheel, reach, 0, size, size, tone), *frame]
+
+
+def lamps(*places):
+    """A bright green one, a dark yellow one and a dark red one."""
+    glows = (60, 220, 110), (95, 75, 30), (95, 35, 30)
+    return [(_DISC, x, y, 0.45, 0.45, glow) for (x, y), glow in zip(places, glows)]
+
+
+_THINGS = {  # the parts of each of the three looks
+    "car": [vehicle(1.8, 4.2, 1.4, 0.8, 1.35, 0.85), vehicle(1.8, 4.5, 1.7, 0.9, 1.6, 1.0),
+            vehicle(1.85, 4.6, 2.1, 1.1, 1.8, 1.3)],
+    "bus": [vehicle(2.5, 10, 3.1, 1.2, 2.5, 1.7), vehicle(2.5, 9, 4.2, 1.2, 2.5, 1.4, 3.0),
+            vehicle(2.2, 7, 2.7, 1.0, 2.0, 1.6)],
+    "person": [human(0.9, 0.44, 0.45, _SKIN, (_DISC, 0, 0.75, 0.62, 0.75, 1.0)),
+               human(0.9, 0.30, 0.30, _SKIN, (_CONE, 0, 0.15, 0.9, 1.6, 1.0)),
+               human(0.9, 0.30, _SKIN, (60, 40, 30), (_CONE, 0, 0.4, 0.8, 1.0, 0.6), (_BOX, 0, 0.8, 0.5, 0.65, 1.0),
+                     (_BOX, 0.36, 0.5, 0.34, 0.5, 0.5))],
+    "rider": [human(0.45, 0.4, 0.5, 0.8, (_DISC, 0, 0.85, 0.62, 0.75, 1.0)),
+              human(0.45, 0.4, 0.4, _PALE, (_BOX, 0, 0.9, 0.66, 0.65, 1.0)),
+              human(0.45, 0.5, 0.45, _SKIN, (_DISC, 0.1, 0.85, 0.75, 0.6, 1.0))],
+    "motorcycle": [cycle(_DISC, 0.6, 0.68, _TYRE, (_DISC, 0, 0.3, 1.3, 0.75, 1.0)),
+                   cycle(_DISC, 0.6, 0.7, _TYRE, (_BOX, 0, 0.35, 1.0, 0.5, 1.0)),
+                   cycle(_DISC, 0.55, 0.48, _TYRE, (_BOX, -0.3, 0.3, 0.8, 0.6, 1.0),
+                         (_BOX, 0.45, 0.3, 0.3, 0.95, 1.1))],
+    "bicycle": [cycle(_RING, 0.55, 0.72, 0.55, (_CONE, 0, 0.3, 1.0, 0.65, 1.0), (_BOX, 0.4, 0.9, 0.3, 0.12, 0.5)),
+                cycle(_RING, 0.6, 0.8, 0.55, (_BOX, 0, 0.5, 0.9, 0.15, 1.0), (_BOX, 0.35, 0.6, 0.14, 0.45, 1.0)),
+                cycle(_RING, 0.5, 0.56, 0.8, (_BOX, 0, 0.3, 0.9, 0.14, 1.0), (_BOX, -0.3, 0.3, 0.14, 0.6, 1.0),
+                      (_BOX, 0.4, 0.3, 0.14, 0.7, 1.0))],
+    "pole": [[(_BOX, 0, 0, 0.3, 5.5, 1.0), (_BOX, 0, 5.4, 1.6, 0.25, 1.0)],
+             [(_BOX, 0, 0, 0.4, 4.5, 1.0), (_BOX, 0, 4.0, 1.2, 0.2, 0.8)],
+             [(_BOX, 0, 0, 0.35, 4.0, 1.0)] + [(_BOX, 0, y, 0.35, 0.5, 0.6) for y in (0.5, 1.5, 2.5, 3.5)]],
+    "traffic light": [[(_BOX, 0, 2.4, 0.75, 1.8, 1.0), *lamps((0, 2.5), (0, 3.1), (0, 3.65))],
+                      [(_DISC, 0, 2.2, 1.0, 2.2, 1.0), *lamps((0, 2.5), (0, 3.1), (0, 3.65))],
+                      [(_BOX, 0, 2.6, 1.8, 0.75, 1.0), *lamps((-0.55, 2.75), (0, 2.75), (0.55, 2.75))]],
+    "traffic sign": [[(_DISC, 0, 2.2, 1.2, 1.2, 1.0), (_BOX, 0, 2.7, 0.8, 0.25, _PALE)],
+                     [(_BOX, 0, 2.2, 1.2, 1.2, 1.0), (_BOX, 0, 2.5, 0.5, 0.6, _PALE)],
+                     [(_CONE, 0, 2.2, 1.6, 1.4, 1.0), (_BOX, 0, 2.4, 0.25, 0.6, 0.3)]],
 }
 
-
-def toy_style(world, domain):
-    """The constants of one domain of one world: colours and proportions of the looks, and the camera."""
-    rng = np.random.default_rng([world, 2024])
-    colours = {name: np.clip(np.array(looks) + rng.normal(0, 14, (3, 3)), 10, 245) for name, looks in _LOOKS.items()}
-    # Source proportions .55, .30, .15 in some order; in the target the common look is rare and the rare one common.
-    shares = {name: rng.permutation([0.55, 0.3, 0.15]) for name in _LOOKS}
-    cast = rng.normal(0, 1, 3)
-    cast = 0.14 * (cast - cast.mean()) / np.linalg.norm(cast - cast.mean())  # a tint: leaves the brightness alone
-    if domain == "target":
-        shares = {name: (0.7 - share) / 1.1 for name, share in shares.items()}
-    return {"colours": colours, "shares": shares, "cast": cast, "target": domain == "target"}
+# How many a source and a target picture has, how near and how far in metres, and where across the street: 0 its middle,
+# 1 the kerb. The target has fewer cars and people, as its camera enlarges them. The nearest distance bounds their size.
+_CAST = {"car": (6.0, 2.8, 6, 26, 0.35, 0.85), "person": (2.8, 1.7, 5, 18, 0.6, 1.4),
+         "bus": (0.1, 0.1, 10, 24, 0.4, 0.6), "motorcycle": (0.13, 0.13, 6, 12, 0.4, 1.0),
+         "bicycle": (0.55, 0.5, 6, 12, 0.6, 1.1), "pole": (0.9, 0.9, 7, 18, 1.06, 1.12),
+         "traffic light": (0.3, 0.3, 7, 13, 1.06, 1.12), "traffic sign": (0.75, 0.65, 7, 15, 1.06, 1.12)}
 
 
-def draw_street(rng, style, size):
-    """One scene of the toy world: image uint8 (H, W, 3), label uint8 (H, W). See ToyStreets for what it contains."""
-    target = style["target"]
-    smooth = 2  # drawn at twice the size and averaged, so that edges are as soft as a camera's
-    h, w = size[0] * smooth, size[1] * smooth
-    image, label = Image.new("RGB", (w, h)), Image.new("L", (w, h), IGNORE)
-    shade = Image.new("L", (w, h), 255)  # cast shadows, multiplied onto the picture at the end
-    ink, tag, dark = ImageDraw.Draw(image), ImageDraw.Draw(label), ImageDraw.Draw(shade)
+def draw_things(s):
+    """What stands and moves, from far to near. Lights and signs hang on poles; some two-wheelers are ridden."""
+    things = []
+    for name, (source, target, nearest, farthest, inner, outer) in _CAST.items():
+        for _ in range(s.rng.poisson(target if s.target else source)):
+            x = s.street * s.rng.choice([-1, 1]) * s.rng.uniform(inner, outer)
+            things.append((s.rng.uniform(nearest, farthest), x, name))
+    for z, x, name in sorted(things, reverse=True):
+        if name in ("traffic light", "traffic sign"):
+            draw_thing(s, "pole", x, z)
+        draw_thing(s, name, x, z)
+        if s.rng.random() < {"bicycle": 0.3, "motorcycle": 0.6}.get(name, 0):
+            draw_thing(s, "rider", x, z)
 
-    # The camera. X right, Y up, Z ahead, in metres; the picture's height equals the focal length.
-    strength = rng.uniform(0.2, 1.0) if target else 0.0  # of the shift, this picture's weather
-    horizon, centre = h * rng.uniform(0.36, 0.48), w * rng.uniform(0.4, 0.6)
-    eye, lateral, focal = rng.uniform(1.4, 1.9), rng.uniform(-1.2, 1.2), 1.35 * h
-    roll = rng.normal(0, 0.02) if target else 0.0
-    haze = np.array([200, 205, 210.0]) * (1 + style["cast"])
 
-    def at(x, y, z):
-        u, v = centre + focal * (x - lateral) / z, horizon + focal * (eye - y) / z
-        return (u, v + roll * (u - centre))
-
-    def paint(name, shape, points, colour, z, **options):
-        fade = math.exp(-z * 0.016 * strength)  # what is far takes the colour of the haze
-        colour = tuple(int(c) for c in np.clip(colour * fade + haze * (1 - fade), 0, 255))
-        getattr(ink, shape)(points, fill=colour, **options)
-        if name is not None:  # None: decoration (windows, wheels, markings) that keeps the label beneath it
-            getattr(tag, shape)(points, fill=SYNTHIA_16.index(name), **options)
-
-    def box(name, x, y, z, width, height, colour, shape="rectangle"):
-        (u0, v1), (u1, v0) = at(x - width / 2, y, z), at(x + width / 2, y + height, z)
-        paint(name, shape, [min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1)], colour, z)
-
-    def look(name):
-        kind = rng.choice(3, p=style["shares"][name])
-        return kind, style["colours"][name][kind] * rng.uniform(0.85, 1.12)
-
-    def ground(x0, x1, z0, z1):  # corners of a rectangle that lies on the ground
-        return [at(x0, 0, z0), at(x1, 0, z0), at(x1, 0, z1), at(x0, 0, z1)]
-
-    def upright(x, y0, y1, z0, z1):  # corners of a rectangle that stands along the street
-        return [at(x, y0, z0), at(x, y0, z1), at(x, y1, z1), at(x, y1, z0)]
-
-    # Sky, skyline and ground.
-    _, sky = look("sky")
-    tag.rectangle([0, 0, w, h], fill=SYNTHIA_16.index("sky"))
-    for row in range(0, int(horizon + h * 0.1), 4):
-        level = row / horizon
-        ink.rectangle([0, row, w, row + 4], fill=tuple(int(min(255, c * (0.8 + 0.2 * level) + 25 * level)) for c in sky))
-    for x in range(-90, 90, 12):
-        name = "building" if rng.random() < 0.6 else "vegetation"
-        box(name, x + 6, -2, 45, 13, rng.uniform(4, 14) if name == "building" else rng.uniform(3, 7), look(name)[1])
-    street = rng.uniform(3.2, 4.6) if target else rng.uniform(3.8, 6.0)  # half its width
-    front = street + rng.uniform(1.8, 3.5)  # where the houses stand
-    _, pavement = look("sidewalk")
-    surface, asphalt = look("road")
-    paint("sidewalk", "polygon", ground(-60, 60, 1.2, 45), pavement, 6)
-    paint("road", "polygon", ground(-street, street, 1.2, 60), asphalt, 6)
-    for side in (-street, street):  # kerbs
-        paint("sidewalk", "polygon", ground(side, side * 1.04, 1.2, 45), pavement * 0.75, 6)
-    for z in range(2, 30, 4):  # lane markings, or the joints of concrete slabs
-        if surface != 1:
-            paint(None, "polygon", ground(-0.08, 0.08, z, z + 2), np.array([215, 215, 205.0]), z)
+def draw_thing(s, name, x, z):
+    """One thing in one of its looks, its foot at x, z metres."""
+    kind, paint = s.look(name)
+    if s.target and name in ("car", "bus"):
+        s.ground(x - 1.2, x + 1.2, z, z + 4)
+    for shape, middle, foot, width, height, tone in _THINGS[name][kind]:
+        if shape == "side":
+            s.side(x - middle * np.sign(x - s.lateral), foot, foot + height, z, z + width, paint, tone)
         else:
-            paint(None, "polygon", ground(-street, street, z, z + 0.3), asphalt * 0.85, z)
+            s.box(x + middle, foot, z, width, height, paint, tone, shape)
 
-    # The two sides of the street, from far to near.
-    shady = rng.choice([-1, 1])  # the side whose houses hide the sun
-    for side in (-1, 1):
-        light = 1 - 0.3 * strength * (side == shady)
-        z1 = 45.0
-        while z1 > 2.5:
-            z0 = max(1.3, z1 - rng.uniform(4, 9))
-            x, middle = side * (front + rng.uniform(0, 0.8)), (z0 + z1) / 2
-            name = rng.choice(["building", "vegetation", "wall", "fence"], p=[0.46, 0.2, 0.17, 0.17])
-            if name in ("wall", "fence"):  # something stands behind it
-                behind = rng.choice(["building", "vegetation"])
-                shape = upright(x + side * 3, 0, rng.uniform(4, 8), z0, z1)
-                paint(behind, "polygon", shape, look(behind)[1] * light, middle)
-            kind, colour = look(name)
-            colour = colour * light
-            if name == "building":
-                height = rng.uniform(4, 9) if target else rng.uniform(5, 13)
-                paint(name, "polygon", upright(x, 0, height, z0, z1), colour, middle)
-                columns, rows = ((3, 4), (6, 3), (2, 2))[kind]
-                glass = colour * (0.45, 1.35, 0.65)[kind]
-                for i in range(columns):
-                    for j in range(rows):
-                        za, zb = z0 + (z1 - z0) * (i + 0.25) / columns, z0 + (z1 - z0) * (i + 0.75) / columns
-                        ya, yb = height * (j + 0.3) / rows, height * (j + 0.75) / rows
-                        paint(None, "polygon", upright(x, ya, yb, za, zb), glass, za)
-            elif name == "vegetation":
-                paint(name, "polygon", upright(x + side, 0, rng.uniform(1.5, 3), z0, z1), colour * 0.8, middle)
-                for _ in range(7):
-                    z, y, r = rng.uniform(z0, z1), rng.uniform(1.5, 4.5), rng.uniform(0.8, 1.8)
-                    box(name, x + side * rng.uniform(-0.5, 1.5), y, z, 2 * r, 1.6 * r, colour * rng.uniform(0.7, 1.25), "ellipse")
-            elif name == "wall":
-                paint(name, "polygon", upright(x, 0, rng.uniform(2.2, 3.2), z0, z1), colour, middle)
-                for y in (0.7, 1.4, 2.1):
-                    paint(None, "line", [at(x, y, z0), at(x, y, z1)], colour * 0.65, z0, width=smooth)
-            else:
-                height = rng.uniform(1.8, 2.6)
-                paint(name, "polygon", upright(x, 0, height, z0, z1), colour, middle)
-                for z in np.linspace(z0, z1, 9):
-                    paint(None, "line", [at(x, 0, z), at(x, height, z)], colour * 0.4, z, width=2 * smooth)
-            z1 = z0
-        if target and side == shady:  # the houses' shadow on the ground
-            reach = side * rng.uniform(0.5, street)
-            dark.polygon(ground(side * front * 1.3, reach, 1.2, 45), fill=int(255 - 110 * strength))
 
-    # Things that stand and move, from far to near. Rare: lights, signs, riders, two-wheelers, buses.
-    busy = 1.3 if target else 1.0
-    things = [("car", rng.uniform(4, 20), rng.choice([-1, 1])) for _ in range(rng.poisson(3 * busy))]
-    things += [("person", rng.uniform(3.5, 11), rng.choice([-1, 1])) for _ in range(rng.poisson(2.6 * busy))]
-    things += [("bus", rng.uniform(7, 16), rng.choice([-1, 1])) for _ in range(rng.random() < 0.35)]
-    things += [("cycle", rng.uniform(3.5, 8), rng.choice([-1, 1])) for _ in range(rng.poisson(1.7 * busy))]
-    things += [("pole", rng.uniform(4, 11), rng.choice([-1, 1])) for _ in range(2 + rng.poisson(1.5))]
-    for kind, z, side in sorted(things, key=lambda thing: -thing[1]):
-        if kind == "car":
-            shape, colour = look("car")
-            length, height = (3.8, 4.6, 4.2)[shape], (1.4, 2.1, 1.7)[shape]
-            x, lower = side * rng.uniform(0.35, 0.8) * street, (0.6, 0.5, 0.55)[shape] * height
-            if target:
-                dark.polygon(ground(x - 1.3, x + 1.3, z, z + length), fill=130)
-            inner = x - 0.9 * np.sign(x - lateral)  # the flank that the camera sees
-            flank = [at(inner, 0.2, z), at(inner, 0.2, z + length), at(inner, lower, z + length),
-                     at(inner, height, z + length * 0.7), at(inner, height, z + 0.4), at(inner, lower, z)]
-            paint("car", "polygon", flank, colour * 0.8, z)
-            box("car", x, 0.2, z, 1.8, lower, colour)
-            box("car", x, lower, z + 0.2, (1.4, 1.75, 1.6)[shape], height - lower, colour * 0.9)
-            box(None, x, lower * 1.1, z + 0.2, 1.25, (height - lower) * 0.75, np.array([55, 65, 75.0]))
-            for wheel in (-0.7, 0.7):
-                box("car", x + wheel, 0, z, 0.32, 0.5, np.array([25, 25, 28.0]))
-                box(None, x + wheel, lower * 0.75, z, 0.3, 0.2, np.array([235, 60, 50.0] if side > 0 else [245, 240, 200.0]))
-        elif kind == "bus":
-            shape, colour = look("bus")
-            x, height = side * 0.55 * street, (3.1, 3.6, 2.9)[shape]
-            inner = x - 1.25 * np.sign(x - lateral)
-            paint("bus", "polygon", upright(inner, 0.3, height, z, z + 9), colour * 0.8, z)
-            box("bus", x, 0.3, z, 2.5, height - 0.3, colour)
-            glass = np.array([50, 60, 75.0])
-            box(None, x, height * 0.5, z, 2.2, height * 0.3, glass)
-            paint(None, "polygon", upright(inner, height * 0.5, height * 0.8, z + 0.5, z + 8.5), glass, z)
-            for wheel in (-0.9, 0.9):
-                box("bus", x + wheel, 0, z, 0.4, 0.7, np.array([25, 25, 28.0]))
-        elif kind == "person":
-            _, colour = look("person")
-            x = side * (rng.uniform(street, front) if rng.random() < 0.75 else rng.uniform(0, street))
-            tall = rng.uniform(1.55, 1.9)
-            box("person", x, 0, z, 0.55, tall * 0.5, colour * 0.55)
-            box("person", x, tall * 0.42, z, 0.8, tall * 0.42, colour, "ellipse")
-            box("person", x, tall * 0.82, z, 0.4, tall * 0.22, np.array([200, 150, 120.0]), "ellipse")
-        elif kind == "cycle":
-            name = "motorcycle" if rng.random() < 0.45 else "bicycle"
-            _, colour = look(name)
-            x, ridden = side * rng.uniform(0.5, 1.05) * street, rng.random() < 0.65
-            thick = 0.28 if name == "motorcycle" else 0.14
-            for wheel in (-0.55, 0.55):
-                box(name, x + wheel, 0, z, 0.85, 0.85, colour * 0.5, "ellipse")
-                if name == "bicycle":
-                    box(None, x + wheel, 0.2, z, 0.45, 0.45, asphalt, "ellipse")
-            paint(name, "line", [at(x - 0.55, 0.45, z), at(x, 0.85, z), at(x + 0.55, 0.45, z)], colour, z,
-                  width=max(2, int(focal * thick / z)))
-            if name == "motorcycle":
-                box(name, x, 0.35, z, 0.9, 0.65, colour)
-            if ridden:
-                _, coat = look("rider")
-                box("rider", x - 0.1, 0.75, z, 0.42, 0.45, coat * 0.6)
-                box("rider", x, 1.05, z, 0.62, 0.75, coat, "ellipse")
-                box("rider", x + 0.1, 1.7, z, 0.36, 0.38, colour * 0.9, "ellipse")  # a helmet, unlike a pedestrian
-        else:
-            _, colour = look("pole")
-            x, top = side * (street + 0.4), rng.uniform(4, 6)
-            box("pole", x, 0, z, 0.36, top, colour)
-            kind = rng.choice(["light", "sign", "lamp"], p=[0.35, 0.4, 0.25])
-            if kind == "light":
-                _, housing = look("traffic light")
-                box("traffic light", x, 2.4, z, 1.0, 2.2, housing)
-                lit = rng.integers(3)
-                for lamp in range(3):
-                    glow = np.array([[60, 220, 110], [250, 190, 50], [250, 60, 50.0]][lamp]) * (1.0 if lamp == lit else 0.3)
-                    box(None, x, 2.5 + 0.7 * lamp, z, 0.6, 0.6, glow, "ellipse")
-            elif kind == "sign":
-                shape, face = look("traffic sign")
-                box("traffic sign", x, 2.2, z, 1.6, 1.6, face, ("ellipse", "rectangle", "rectangle")[shape])
-                box(None, x, 2.7, z, 0.8, 0.6, np.array([240, 240, 235.0]) if shape < 2 else np.array([40, 40, 40.0]))
-
-    # The camera's part: texture, light, colour, optics, noise.
-    label = np.array(label)[::smooth, ::smooth]
-    picture = np.array(image.reduce(smooth), np.float32)  # (H, W, 3)
-    grain = 0.02 + 0.06 * strength
-    coarse = Image.fromarray(rng.normal(0, 1, (size[0] // 8 + 1, size[1] // 8 + 1)).astype(np.float32))
-    coarse = np.array(coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    fine = rng.normal(0, 1, size) * np.isin(label, [0, 1, 2, 3, 8])  # surfaces are rough, skies and cars are not
-    picture *= (1 + grain * (coarse + 0.6 * fine))[:, :, None]
-    if target:
-        soft = shade.reduce(smooth).filter(ImageFilter.GaussianBlur(1.0))
-        picture *= np.array(soft, np.float32)[:, :, None] / 255
-        picture = 255 * np.clip(picture / 255, 0, 1) ** (1 + 0.5 * strength * rng.uniform(-1, 1))  # exposure
-        grey = picture.mean(2, keepdims=True)
-        picture = grey + (picture - grey) * (1 - 0.3 * strength)  # colours fade
-        picture = 128 + (picture - 128) * (1 - 0.2 * strength)  # contrast falls
-        picture = picture * (1 + style["cast"] * (0.4 + strength))  # the tint
-        blurred = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6 * strength))
-        picture = np.array(blurred, np.float32) + rng.normal(0, 2 + 4 * strength, (*size, 3))
-    return np.clip(picture, 0, 255).astype(np.uint8), label
+def develop(s):
+    """The camera's part: texture, shadows, contrast, tint, blur, noise. Returns image, label and looks, uint8."""
+    tags = np.array(s.tags)[::2, ::2]  # (H, W)
+    picture = np.array(s.image.reduce(2), np.float32)  # (H, W, 3)
+    picture *= 1 + (_ROUGHNESS[tags] * s.rng.standard_normal(tags.shape, np.float32))[:, :, None]
+    if s.target:
+        picture *= np.array(s.shade.reduce(2), np.float32)[:, :, None] / 255
+        picture = 118 + (picture - 118) * (1 - 0.12 * s.strength) + s.rng.normal(0, 6)
+        picture = np.clip(picture * (1 + s.style["tint"] * (0.5 + s.strength)), 0, 255).astype(np.uint8)
+        picture = np.array(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.4 * s.strength)), np.float32)
+        picture += s.rng.standard_normal(picture.shape, np.float32) * (1 + 2 * s.strength)
+    return np.clip(picture, 0, 255).astype(np.uint8), tags // 3, tags % 3
 
 
 if __name__ == "__main__":
