@@ -9,8 +9,8 @@ were available. Labels such as DRSL-6 are this project's own, the paper's equati
 the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [G] the same group's earlier code (LSE, MLSL)            [F] field convention (CRST, AdaptSegNet, DeepLab)
-    [I] inferred for this reconstruction                     [U] unknown: a choice of ours
+    [F] field convention (CRST, AdaptSegNet, DeepLab)        [I] inferred for this reconstruction
+    [U] unknown: a choice of ours
 
 The idea in five sentences [P]
 ------------------------------
@@ -29,85 +29,92 @@ Notation
     e_i    embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
     d2_ck  squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
     y_i    ground truth (source) or pseudo-label (target), 255 = ignore    m_i    mode of pixel i inside its class
-    J = C K modes in all    M pairs drawn per mode
     P      softmax of the segmentation head    tau_c  class threshold    p  kept portion    V  pixels with y_i != 255
 
 Equations
 ---------
-    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                source, kind [P], form [F]
-    DRSL-2   L_seg^t = the same on the target with pseudo-labels                                    kind [P], form [F]
-    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights              [R]
-    DRSL-4a  P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'          (--posterior soft)                              [R]
-    DRSL-4c  P_mm(c|e) = softmax_c(s max_k p_ck), s = 15          (--posterior max; RepMet's code, sigma = 0.5)   [R]
-    DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                                 [R]
-    DRSL-6   L_marg = mean_i [ min_k d2_yk - min_{c != y, k} d2_ck + alpha ]_+                                    [R]
-    DRSL-7   L_mm = w_m L_marg + w_c L_mmce, on target "over pseudo-labels" [P], on source with y [I], w = 1 [R, for DRSL U]
-    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)                       (--assignment hard)             inside the class [P], rest [U]
-             m_i ~ Cat(q), q_k = p_yk / sum_k' p_yk'              (--assignment stochastic, DRSL-9B)              [U]
-    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2        kind [P], form [U]
-             A: the (c,k) with a source and a target pixel in the batch; a_j, b_j uniform with replacement
-    DRSL-9C  triplet: [ |e^t - e^s_+|^2 - |e^t - e^s_-|^2 + alpha ]_+, e^s_- of another class                     [U]
-    DRSL-9D  centroid: mean over A of |mu^s_ck - mu^t_ck|^2                                                       [U]
-    DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma           form [I], weights [U]
+    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                 kind [P], form [F]
+    DRSL-2   L_seg^t = the same on the target with pseudo-labels                              kind [P], form [F]
+    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights         [R]
+    DRSL-4   P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'                                                     [R]
+    DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                            [R]
+    DRSL-6   L_marg = mean_i [ d2_{y_i m_i} - min_{c != y_i, k} d2_ck + alpha ]_+         RepMet: m_i by DRSL-8 [R]
+    DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
+    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode, inside the class [P]              --no-balance
+    DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
+             A: modes to which source and target pixels map; a_j, b_j: random ones of them, with replacement
+    DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
     DRSL-14  tau_c = confidence number floor(p N_c) of the N_c target pixels predicted c, in descending order;
-             1 if floor(p N_c) = 0                                                        CBST, arXiv 1810.07911  [F]
-    DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                               [F]
-    DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                                  [F]
+             1 if floor(p N_c) = 0                                                   CBST, arXiv 1810.07911  [F]
+    DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
+    DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                             [F]
+    DRSL-17  m_i = argmax_k q_ik, q_ik = exp(-d2_{y_i k}(e_i)/epsilon) u_i v_{y_i k} with u, v such that
+             sum_k q_ik = 1 and sum_{i: y_i = c} q_ik = n_c/K: every mode of a class gets the same share     [U]
+    DRSL-18  L_own = -mean_i log [ p_{y_i m_i} / sum_k p_{y_i k} ]                                           [U]
+    DRSL-19  the mode to which any target pixel maps: argmin_{c,k} d2_ck                      --align-over all [U]
+    DRSL-20  effective modes of class c = exp(-sum_k s_ck log s_ck), s_ck: share of mode k in c's pixels   (a meter)
 
-No gradient flows through m, q and pseudo-labels. DRSL-4, -5, -6 and -9 run over the pixels that choice 4 leaves. Not
-implemented: focal loss (2f), the unscaled maximum (4b), SoftTriple, Magnet and triplet losses in place of 6 (11 to 13),
-gradient clipping, the mining of rare classes, the filter that asks both heads to agree on a pseudo-label.
+No gradient flows through m, q and pseudo-labels. Mode losses see the labels that choice 4 leaves.
 
-The algorithm                                                                          paper's notion -> function
--------------                                                                          --------------------------
-1. Source-only training [F], or --init.                                                train_source
-2. Mode warm-up on source [I]: the head alone for a while, then K-means per class      train_modes, kmeans_modes
-   on the sphere sets R, then head and network jointly (not on the toy).
-3. Rounds [F]: label the target train images with the present network,                 label_target, class_thresholds,
-   class-balanced (DRSL-14, -15, -16);                                                 pseudo_labels
-   then train on batches of source and target images with DRSL-10:                     main
-     segmentation head, DRSL-1, -2                                                     segmentation_loss
-     multi-modal head and its distances, DRSL-3                                        ModeHead
-     multi-modal distribution learning, DRSL-4 to -7                                   mode_cross_entropy, margin_loss
-     mode assignment, DRSL-8                                                           assign_modes, draw_modes
-     stochastic mode alignment, DRSL-9                                                 stochastic_mode_alignment
+Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
+after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from.
+
+The algorithm                                                             paper's notion -> function
+-------------                                                             --------------------------
+1. Source-only training [F], or --init.                                   train_source
+2. Mode warm-up on source [I]: the head alone for a while, then           train_modes, kmeans_modes
+   K-means per class on the sphere sets R, then head and network jointly.
+3. Rounds [F]: label the target train images with the present network,    label_target, class_thresholds,
+   class-balanced (DRSL-14, -15, -16);                                    pseudo_labels
+   then train on batches of source and target images with DRSL-10:        step_losses
+     segmentation head, DRSL-1, -2                                        segmentation_loss
+     multi-modal head and its distances, DRSL-3                           ModeHead
+     multi-modal distribution learning, DRSL-4 to -7, -18                 mode_loss, mode_cross_entropy, margin_loss
+     mode assignment, DRSL-8, -17, -19                                    balanced_assignment, nearest_modes
+     stochastic mode alignment, DRSL-9                                    stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-Choices where the sources are silent or differ: source / here
--------------------------------------------------------------
- 1. Distance in the margin loss. RepMet prints d, its code uses d^2 / d^2.
- 2. sigma with DRSL-4a. RepMet 0.5 / 0.3, because with orthogonal modes 0.5 leaves 0.67 nats (C = 19, K = 3) on a pixel that lies
-    exactly on its mode, 0.3 leaves 0.0008.
- 3. Resolution of the mode losses. Unknown / stride 8, labels by nearest neighbour.
- 4. Class balance of the mode losses and the alignment. Unknown / at most --pixels random pixels per class and image.
- 5. K, E, lambdas, M, whether alignment moves both domains. Unknown / 3, 256 (toy 64), 0.1 and 0.1, 64, yes; all flags.
-    What "stochastic" means in stochastic mode alignment. Unknown / random pixel pairs; random modes are a flag.
- 6. Pseudo-labels. Unknown; CRST: CBST on inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th
-    pixel / CBST on inputs of --size and mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
- 7. Optimizer. CRST: SGD at a constant rate, a fresh one every round / one for all rounds, poly decay (--power 0 for none), a
-    rate that rises over the first --ramp steps, because the first steps of a fresh AdamW move every weight by the full rate, no
-    clipping of gradients. None of these was measured by itself.
- 8. Batch norm. CRST: running statistics / the same on real data. On the toy live: each domain's batch is normalised by its
-    own statistics, and those for labelling and evaluation are re-estimated on target images (common.adapt_batch_norm). The
-    head's warm-up and k-means see features under the source model's running statistics.
- 9. Source images in a round. CRST: 3 to 6 % of the source set / a fresh source batch every step.
-10. Background score. RepMet has one for detection / none: void pixels are ignored.
-11. Images in an SMA step, dead modes. Unknown / the --batch-size images of each domain, no memory bank; modes are not
-    seeded again. The log's `shared` is |A|: how many of the C K modes had partners in the step.
-12. Learning rate of the mode head. Unknown / ten times the backbone's, whatever --head-lr says.
-13. Augmentation. CRST: scale 0.5 to 1.5, crop, flip / scale 1 to 1.5, crop, flip, colour jitter; on the toy no scaling.
+Deviations, and choices where the sources are silent
+----------------------------------------------------
+ 1. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
+ 2. Weights inside L_mm. RepMet: a mean of cross-entropies, and margins summed over boxes that were mined as hard and
+    divided by 512. Here: three means over the same pixels.
+ 3. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
+ 4. Class balance of the mode losses. Paper: not known. Here: at most --pixels random pixels per class and image, on the
+    grid of stride 8, each labelled by the pixel at its centre. The alignment's target side takes every pixel.
+ 5. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
+ 6. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all rounds, with a ramp and poly
+    decay (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's do.
+ 7. Batch norm. CRST: frozen statistics. Here: what --batch-norm says, from the mode warm-up on. If it is live, each
+    domain's batch is normalised by its own statistics, and those for labelling are estimated on target views.
+ 8. Source images in a round. CRST: 3 to 6 % of the source set. Here: a fresh source batch every step.
+ 9. Pseudo-labels. CRST: inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th pixel. Here:
+    inputs of --size, mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
+10. Background score. RepMet: one for detection. Here: none, void pixels are ignored.
 
-Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, DRSL 58.3 mIoU (plain self-training 58.2); 2 1/2 minutes from nothing, 1.3 GB.
+    setting                        RepMet or CRST                       here
+    sigma                          0.5 (0.67 nats left at C=19, K=3)    0.3 (0.0008 nats left)
+    K, E                           5, 256                               3, 256 (toy 64)
+    scale of the training images   0.5 to 1.5                           1 to 1.5, colour jitter (toy: no scaling)
+    lambda_mm, lambda_sma, M       no counterpart                       0.3, 1, 64
+
+Left out, because neither a sentence of the abstract nor a measurement asks for it: RepMet's scaled maximum in place of
+DRSL-4, modes drawn at random in place of the nearest, triplets or centroids in place of pairs ("pixels", says the
+abstract), alignment that moves only one domain, modes that start at random places (they die sooner), focal loss,
+SoftTriple, Magnet.
+
+Under torchrun each process balances and aligns the pixels of its own images.
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
-    python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain class-balanced self-training
+    python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain self-training, with as many joint steps
+    python drsl.py --modes 1                                      # one mode per class
     python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
 
+import argparse
+import copy
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,19 +128,20 @@ import common
 class ModeHead(nn.Module):
     """The multi-modal head: embeds pixels on the unit sphere and holds the K representatives of each class.
 
-    Layers are inferred [I]: 1x1 convolution, GroupNorm, ReLU, 1x1 convolution, unit length. RepMet has two hidden layers
-    of 1024 on detection boxes and E = 256 [R].
+    Layers are inferred [I]: 1x1 convolution, GroupNorm, ReLU, 1x1 convolution, unit length. RepMet has two hidden
+    layers of 1024 on detection boxes and E = 256 [R].
     """
 
     def __init__(self, feature_dim, num_classes, modes=3, embedding=256):
         super().__init__()
-        self.project = nn.Sequential(nn.Conv2d(feature_dim, 256, 1, bias=False), nn.GroupNorm(32, 256), nn.ReLU(inplace=True),
+        self.project = nn.Sequential(nn.Conv2d(feature_dim, 256, 1, bias=False), nn.GroupNorm(32, 256), nn.ReLU(),
                                      nn.Conv2d(256, embedding, 1))
         self.representatives = nn.Parameter(F.normalize(torch.randn(num_classes, modes, embedding), dim=2))
 
-    def forward(self, features):
-        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length."""
-        return F.normalize(self.project(features).float(), dim=1)
+    def forward(self, features, distances=False):
+        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length; with `distances` also d2 (n, C, K) of all pixels."""
+        e = F.normalize(self.project(features), dim=1)
+        return (e, self.squared_distances(common.as_pixels(e))) if distances else e
 
     def squared_distances(self, e):
         """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>; R is normalised on use."""
@@ -142,124 +150,112 @@ class ModeHead(nn.Module):
         return d2.view(len(e), *self.representatives.shape[:2])  # (n, C, K)
 
 
-def mode_cross_entropy(d2, labels, sigma, posterior="soft", s=15.0):
-    """DRSL-5, nats: cross-entropy of the class posterior that the modes imply. d2 (n, C, K), labels (n,), 255 ignored.
-
-    posterior "soft" is DRSL-4a, "max" is DRSL-4c with multiplier `s`. Everything stays in log space.
-    """
-    z = -d2 / (2 * sigma**2)  # DRSL-3: z = log p_ck, (n, C, K)
-    if posterior == "soft":
-        logits = z.logsumexp(2)  # DRSL-4a, (n, C)
-    else:
-        logits = s * z.amax(2).exp()  # DRSL-4c, (n, C)
+def mean_over_valid(values, labels):
+    """Mean of values (n,) over the pixels whose label is not 255; over none a zero that is connected to the graph."""
     valid = labels != common.IGNORE
-    loss = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none")  # (n,)
-    # DRSL-5
-    return common.masked_mean(loss, valid)
-
-
-def margin_loss(d2, labels, alpha):
-    """DRSL-6: the nearest own mode must be nearer than the nearest mode of any other class, by alpha (squared distance).
-
-    d2 (n, C, K), labels (n,), 255 ignored. Only the nearest own and the nearest foreign mode get a gradient:
-    that lets modes specialise.
-    """
-    nearest = d2.min(2).values  # (n, C)
-    valid = labels != common.IGNORE
-    y = torch.where(valid, labels, 0)[:, None]  # (n, 1)
-    own = nearest.gather(1, y)[:, 0]  # (n,)
-    impostor = nearest.scatter(1, y, math.inf).min(1).values  # (n,)
-    # DRSL-6
-    return common.masked_mean(F.relu(own - impostor + alpha), valid)
-
-
-def assign_modes(d2, labels):
-    """DRSL-8, hard: index (n,) of the nearest mode inside the pixel's own class. Without meaning where labels are 255."""
-    return own_class(d2, labels).argmin(1)
-
-
-def draw_modes(d2, labels, sigma, generator=None):
-    """DRSL-8, stochastic: mode index (n,) drawn from q_k = p_yk / sum_k' p_yk' inside the pixel's own class.
-
-    Without meaning where labels are 255.
-    """
-    q = (-own_class(d2, labels) / (2 * sigma**2)).softmax(1)  # (n, K)
-    u = torch.rand(len(q), 1, generator=generator, device=q.device)
-    return (q.cumsum(1)[:, :-1] <= u).sum(1)  # mode k owns the k-th stretch of [0, 1)
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
 
 def own_class(d2, labels):
-    """d2 (n, C, K) -> the distances (n, K) to the modes of each pixel's own class, cut from the graph."""
+    """d2 (n, C, K) -> distances (n, K) to the modes of each pixel's own class. Without meaning where labels are 255."""
     y = torch.where(labels == common.IGNORE, 0, labels)
-    return d2.detach()[torch.arange(len(d2), device=d2.device), y]
+    return d2[torch.arange(len(d2), device=d2.device), y]
 
 
-def mode_groups(labels, modes, shape):
-    """The pixels by class and mode, of which there are J = C K: group (n,) = c K + k, J where ignored, and sizes (J,).
+def mode_cross_entropy(d2, labels, sigma):
+    """DRSL-5, nats: cross-entropy of the class posterior that the modes imply. d2 (n, C, K), labels (n,), 255 ignored.
 
-    shape: (C, K). No shape depends on values, here and in the alignment, so that a step need not wait for the GPU to count.
+    Everything stays in log space.
     """
-    J = shape[0] * shape[1]
-    group = torch.where(labels == common.IGNORE, J, labels * shape[1] + modes)  # (n,)
-    sizes = torch.zeros(J + 1, dtype=torch.int64, device=group.device).index_add(0, group, torch.ones_like(group))
-    return group, sizes[:J]
+    # DRSL-3
+    z = -d2 / (2 * sigma**2)  # log p_ck, (n, C, K)
+    # DRSL-4
+    logits = z.logsumexp(2)  # log of the numerator, (n, C); the cross-entropy divides by the sum over classes
+    # DRSL-5
+    return mean_over_valid(F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none"), labels)
 
 
-def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, form="pairwise", alpha=0.5,
-                              generator=None, shape=None):
-    """DRSL-9: distance between source and target pixels of the same (class, mode), mean over the modes both domains have.
+def margin_loss(d2, labels, alpha, modes=None):
+    """DRSL-6: the own mode must be nearer than the nearest mode of any other class, by alpha (squared distance).
 
-    e (n, E), labels (n,), modes (n,). form: "pairwise" (DRSL-9A), "triplet" (DRSL-9C, uses alpha) or "centroid" (DRSL-9D);
-    in the first two `pairs` pixels per mode and domain are drawn with replacement. Exactly 0 if no mode is shared. The triplet's
-    negatives are source pixels of all other classes; a mode without any does not count.
-    shape: (C, K), read from labels and modes if not given; what a generator draws depends on it.
+    d2 (n, C, K), labels (n,), 255 ignored. modes (n,): every pixel's own mode m, the nearest of its class if not given.
+    Only that and the nearest foreign mode get a gradient: so modes can specialise.
+    """
+    y = torch.where(labels == common.IGNORE, 0, labels)[:, None]  # (n, 1)
+    modes = assign_modes(d2, labels) if modes is None else modes
+    own = own_class(d2, labels).gather(1, modes[:, None])[:, 0]  # (n,)
+    impostor = d2.min(2).values.scatter(1, y, math.inf).min(1).values  # (n,)
+    # DRSL-6
+    return mean_over_valid(F.relu(own - impostor + alpha), labels)
+
+
+def own_mode_cross_entropy(d2, labels, modes, sigma):
+    """DRSL-18, nats: cross-entropy towards mode m among the K modes of the own class. Exactly 0 if K = 1.
+
+    d2 (n, C, K), labels (n,), 255 ignored, modes (n,).
+    """
+    z = -own_class(d2, labels) / (2 * sigma**2)  # (n, K)
+    # DRSL-18
+    return mean_over_valid(F.cross_entropy(z, modes, reduction="none"), labels)
+
+
+def assign_modes(d2, labels):
+    """DRSL-8: index (n,) of the nearest mode inside the pixel's own class. Without meaning where labels are 255."""
+    return own_class(d2.detach(), labels).argmin(1)
+
+
+def balanced_assignment(d2_own, labels, num_classes, epsilon=0.05, iterations=3):
+    """DRSL-17: soft modes q (n, K) of pixels inside their class, every mode of which gets the same share. No gradient.
+
+    d2_own (n, K): distances to the modes of the own class, labels (n,), 255 ignored. Sinkhorn's algorithm, for all
+    classes at once: in turn every mode is scaled to its share of the class and every pixel to a sum of 1.
+    """
+    member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(d2_own)  # (n, C)
+    q = (-d2_own.detach() / epsilon).softmax(1)  # (n, K)
+    for _ in range(iterations):
+        mass = member.T @ q  # (C, K): what every mode has
+        q = q / (member @ mass).clamp(min=1e-30)  # now every mode of a class has 1; a pixel labelled 255 has no class
+        # DRSL-17
+        q = q / q.sum(1, keepdim=True)  # now every pixel has 1
+    return q
+
+
+def nearest_modes(d2):
+    """DRSL-19: class (n,) and mode (n,) of the nearest of all C K modes. d2 (n, C, K)."""
+    nearest = d2.flatten(1).argmin(1)  # (n, C K) -> (n,)
+    return nearest // d2.shape[2], nearest % d2.shape[2]
+
+
+def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, generator=None, shape=None):
+    """DRSL-9A: distance of random source and target pixels of the same (class, mode), mean over the modes both have.
+
+    e (n, E), labels (n,), 255 ignored, modes (n,). Exactly 0 if no mode is shared. shape: (C, K); if it is not given,
+    the largest label and mode are looked up, for which a processor has to wait for its GPU.
     """
     if len(e_s) == 0 or len(e_t) == 0:
         return 0 * (e_s.sum() + e_t.sum())
     if shape is None:
         valid = torch.cat([labels_s, labels_t]) != common.IGNORE
-        shape = [1 + torch.where(valid, torch.cat(both), 0).max().item() for both in ((labels_s, labels_t), (modes_s, modes_t))]
-    (g_s, n_s), (g_t, n_t) = mode_groups(labels_s, modes_s, shape), mode_groups(labels_t, modes_t, shape)  # (n,), (J,)
-    A = (n_s > 0) & (n_t > 0)  # (J,)
-
-    if form == "centroid":
-        sum_s = e_s.new_zeros(len(A) + 1, e_s.shape[1]).index_add(0, g_s, e_s)[:-1]  # (J, E)
-        sum_t = e_t.new_zeros(len(A) + 1, e_t.shape[1]).index_add(0, g_t, e_t)[:-1]
-        # (J, E)
-        difference = sum_s / n_s.clamp(min=1)[:, None] - sum_t / n_t.clamp(min=1)[:, None]
-        # DRSL-9D
-        return common.masked_mean(difference.square().sum(1), A)
-
-    def draw(first, count):
-        """(J, M) random positions first .. first + count - 1, one row per mode; without meaning where count is 0."""
-        u = torch.rand(len(A), pairs, generator=generator, device=e_s.device)
-        return first[:, None] + (u * count[:, None]).long()
-
-    # Sorted by mode, the pixels of one mode (and of one class) stand in one run.
-    order_s, order_t = g_s.argsort(stable=True), g_t.argsort(stable=True)
-    start_s, start_t = n_s.cumsum(0) - n_s, n_t.cumsum(0) - n_t
-    a = order_s[draw(start_s, n_s).clamp(max=len(g_s) - 1)]  # (J, M)
-    b = order_t[draw(start_t, n_t).clamp(max=len(g_t) - 1)]
-    positive = (e_s[a] - e_t[b]).square().sum(2)  # (J, M, E) -> (J, M)
-    if form == "pairwise":
-        # DRSL-9A
-        return common.masked_mean(positive.mean(1), A)
-
-    # A source pixel of another class is one at any position outside the run of the own class.
-    class_start = start_s.view(shape)[:, :1].expand(shape).flatten()[:, None]  # (J, 1)
-    class_size = n_s.view(shape).sum(1, keepdim=True).expand(shape).flatten()  # (J,)
-    others = n_s.sum() - class_size  # (J,)
-    position = draw(torch.zeros_like(others), others)  # (J, M)
-    position = torch.where(position >= class_start, position + class_size[:, None], position).clamp(max=len(g_s) - 1)
-    negative = (e_s[order_s[position]] - e_t[b]).square().sum(2)  # (J, M)
-    # DRSL-9C
-    return common.masked_mean(F.relu(positive - negative + alpha).mean(1), A & (others > 0))
+        shape = [1 + torch.where(valid, torch.cat(both), 0).max().item()
+                 for both in ((labels_s, labels_t), (modes_s, modes_t))]
+    C, K = shape
+    j = torch.arange(C * K, device=e_s.device)[:, None]  # (J, 1), J = C K: the modes, numbered through
+    S = (labels_s * K + modes_s == j) & (labels_s != common.IGNORE)  # (J, n_s): the source pixels of every mode
+    T = (labels_t * K + modes_t == j) & (labels_t != common.IGNORE)  # (J, n_t)
+    A = S.any(1) & T.any(1)  # (J,)
+    # A mode outside A draws from all pixels, and what it draws does not count.
+    a = torch.multinomial((S | ~A[:, None]).float(), pairs, replacement=True, generator=generator)  # (J, M)
+    b = torch.multinomial((T | ~A[:, None]).float(), pairs, replacement=True, generator=generator)  # (J, M)
+    distance = (e_s[a] - e_t[b]).square().sum(2).mean(1)  # (J, M, E) -> (J,)
+    # DRSL-9A
+    return torch.where(A, distance, 0).sum() / A.sum().clamp(min=1)
 
 
-def count_shared_modes(labels_s, modes_s, labels_t, modes_t, shape):
-    """|A| of DRSL-9: in how many (class, mode) of `shape` = (C, K) lie both source and target pixels."""
-    (_, n_s), (_, n_t) = mode_groups(labels_s, modes_s, shape), mode_groups(labels_t, modes_t, shape)
-    return ((n_s > 0) & (n_t > 0)).sum()
+def effective_modes(counts):
+    """DRSL-20, from 1 (one mode has all pixels) to K: counts (C, K) of pixels -> (C,), NaN for classes without any."""
+    share = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
+    # DRSL-20
+    return torch.special.entr(share).sum(1).exp()
 
 
 def class_thresholds(confidence, label, num_classes, portion):
@@ -285,8 +281,8 @@ def pseudo_labels(prob, thresholds):
 def kmeans_modes(e, labels, representatives, iterations=10):
     """Spherical k-means inside every class: (C, K, E) unit vectors that start the representatives [I].
 
-    e (n, E) unit vectors, labels (n,). The first centre is the pixel nearest to the class mean, each further one the pixel
-    farthest from all centres so far. A class with fewer than K pixels keeps its rows of `representatives` (C, K, E).
+    e (n, E) unit vectors, labels (n,). The first centre is the pixel nearest to the class mean, each further one the
+    pixel farthest from all centres so far. A class with fewer than K pixels keeps its rows of `representatives`.
     """
     C, K, _ = representatives.shape
     R = F.normalize(representatives, dim=2).clone()
@@ -306,9 +302,9 @@ def kmeans_modes(e, labels, representatives, iterations=10):
 
 
 def balanced_labels(label, size, limit, u):
-    """At most `limit` random labels per class and image, so that road and building do not dominate; the others become 255 [U].
+    """At most `limit` random labels per class and image, lest road and building dominate; the others become 255 [U].
 
-    label (N, H, W) is brought to the grid `size` = (h, w) by nearest neighbour -> (N, h, w).
+    label (N, H, W) is brought to the grid `size` = (h, w), the pixel at each cell's centre -> (N, h, w).
     u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are kept.
     """
     label = common.grid_labels(label, size)  # (N, h, w)
@@ -326,17 +322,17 @@ def balanced_labels(label, size, limit, u):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
+    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
-    return common.masked_mean(loss, label != common.IGNORE)
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
 
 
-def poly_lr(base, step, steps, power):
-    """The poly schedule: base * (1 - step / steps) ** power."""
+def poly_lr(base, step, steps, power=0.9):
+    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 
@@ -344,12 +340,10 @@ def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    fused = next(model.parameters()).is_cuda  # all weights in one kernel
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
+    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
+                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
+                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
+    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
 
 
 def set_lr(optimizer, lr):
@@ -358,179 +352,248 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def descend(loss, optimizer, *modules):
-    """One step of gradient descent; under torchrun every process takes the same one."""
-    optimizer.zero_grad()
-    loss.backward()
-    common.average_gradients(*modules)
-    optimizer.step()
-
-
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args), 0
-    if args.resume and (run.folder / file).exists():
-        start = common.load_training(run.folder / file, model, optimizer)
+    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    start = run.load(file, model, optimizer=optimizer)
     model.train()
-    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
-    for step, batch in enumerate(batches, start + 1):
-        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision):
-            _, logits = model(image)
+    for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps))
+        with common.autocast(args):
+            _, logits = network(image)  # (N, 3, H, W) -> (N, C, h, w)
         loss = criterion(logits, label)
-        descend(loss, optimizer, model)
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log_step("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
-            run.save(file, common.pack_training(model, optimizer, args, step))
-    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
-        common.broadcast(buffer)
-    model.eval()
+            run.save(file, step, model, optimizer=optimizer)
 # --- end ---
 
 
-def batch_pixels(e, label, args, generator):
-    """Embeddings e (N, E, h, w) as pixels (n, E) and their balanced labels (n,), from the images of all processes.
+def embed(network, head, image, label, args, generator):
+    """What both heads say of one domain's images, and the labels of the pixels that the mode losses see.
 
-    So every process computes the mode losses and the alignment of the whole batch, as a single one would: they are small beside
-    the network, and partners of a mode may lie in different processes.
+    Returns logits (N, C, h, w), pixels e (n, E), their d2 (n, C, K) and y (n,), 255 where a pixel is not used.
     """
-    y = balanced_labels(label, e.shape[2:], args.pixels, common.draw(e[:, 0].shape, generator))  # (N, h, w)
-    return common.all_gather(common.as_pixels(e)), common.all_gather(y.flatten())
+    with common.autocast(args):
+        features, logits = network(image)  # (N, 3, H, W) -> (N, D, h, w), (N, C, h, w)
+    e, d2 = head(features.float(), distances=True)  # (N, E, h, w), (n, C, K)
+    u = torch.rand(e[:, 0].shape, generator=generator, device=e.device)  # (N, h, w)
+    y = balanced_labels(label, e.shape[2:], args.pixels, u).flatten()  # (N, H, W) -> (n,)
+    return logits, common.as_pixels(e), d2, y
 
 
-def mode_loss(d2, labels, args):
-    """DRSL-7 on one domain: margin and mode cross-entropy."""
-    margin, cross_entropy = margin_loss(d2, labels, args.alpha), mode_cross_entropy(d2, labels, args.sigma, args.posterior)
-    return args.w_m * margin + args.w_c * cross_entropy  # DRSL-7
+def own_modes(d2, y, args):
+    """The mode m (n,) of its own class to which a pixel is pulled: by DRSL-17, with --no-balance by DRSL-8."""
+    if not args.balance:
+        return assign_modes(d2, y)
+    return balanced_assignment(own_class(d2, y), y, d2.shape[1], args.epsilon).argmax(1)
 
 
-def train_modes(model, head, dataset, args, run):
-    """Step 2: the multi-modal head learns on source before any pseudo-label exists [I]. Checkpoints: modes.pt.
+def mode_loss(d2, y, m, args):
+    """L_mm of one domain's pixels: d2 (n, C, K), labels y (n,), own modes m (n,)."""
+    # DRSL-7
+    return (margin_loss(d2, y, args.alpha, m) + mode_cross_entropy(d2, y, args.sigma)
+            + args.w_own * own_mode_cross_entropy(d2, y, m, args.sigma))
 
-    For --head-iterations the network stands still and the head learns from L_mm^s, then k-means places the representatives,
-    then for --joint-iterations head and network learn together from L_seg^s + lambda_mm L_mm^s.
+
+def step_losses(network, head, source, target, args, generator):
+    """DRSL-10 and its terms: {"loss", "ce_s", "mm_s", "ce_t", "mm_t", "sma"}.
+
+    source, target: (image, label), the target's being pseudo-labels. Without a target (step 2): the source's terms.
     """
-    optimizer, start, steps = make_optimizer_with_modes(model, head, args), 0, args.head_iterations + args.joint_iterations
-    if args.resume and (run.folder / "modes.pt").exists():
-        start = common.load_training(run.folder / "modes.pt", model, optimizer, head=head)
-    if start == 0 and args.head_iterations == 0 and args.mode_start == "kmeans":  # modes of an untrained head
-        place_modes(model, head, args)
-    if steps == 0:
-        run.save("modes.pt", common.pack_training(model, optimizer, args, 0, head=head))
-    batches = common.training_batches(dataset, args, seed=common.mix_seed(args.seed, 1), start=start, stop=steps)
+    logits_s, e_s, d2_s, y_s = embed(network, head, *source, args, generator)
+    # DRSL-1
+    ce_s = segmentation_loss(logits_s, source[1])
+    if target is None:
+        mm_s = mode_loss(d2_s, y_s, own_modes(d2_s, y_s, args), args)
+        return {"loss": ce_s + args.lambda_mm * mm_s, "ce_s": ce_s, "mm_s": mm_s}
+
+    logits_t, e_t, d2_t, y_t = embed(network, head, *target, args, generator)
+    # DRSL-2
+    ce_t = segmentation_loss(logits_t, target[1])
+
+    # The modes of a class share the pixels of both domains: one domain may have more of a mode than the other.
+    m = own_modes(torch.cat([d2_s, d2_t]), torch.cat([y_s, y_t]), args)
+    m_s, m_t = m[:len(y_s)], m[len(y_s):]
+    mm_s, mm_t = mode_loss(d2_s, y_s, m_s, args), mode_loss(d2_t, y_t, m_t, args)
+
+    if args.align_over == "all":
+        y_t, m_t = nearest_modes(d2_t)
+    sma = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, args.pairs, generator, shape=d2_s.shape[1:])
+
+    # DRSL-10
+    loss = ce_s + args.lambda_t * ce_t + args.lambda_mm * (mm_s + mm_t) + args.lambda_sma * sma
+    return {"loss": loss, "ce_s": ce_s, "ce_t": ce_t, "mm_s": mm_s, "mm_t": mm_t, "sma": sma}
+
+
+def train_modes(model, head, source, args, run):
+    """Step 2: modes of the source classes, before any pseudo-label exists [I]. Checkpoints: modes.pt.
+
+    For --head-iterations the network stands still and the head learns from L_mm^s, then k-means places the
+    representatives, then for --joint-iterations both learn from L_seg^s + lambda_mm L_mm^s.
+    """
+    def still(image):
+        with torch.no_grad():
+            return model(image)
+
+    optimizer, steps = make_optimizer_with_modes(model, head, args), args.head_iterations + args.joint_iterations
+    start = run.load("modes.pt", model, optimizer=optimizer, head=head)
+    network, mode_head = common.distribute(model), common.distribute(head)
+    model.train()
+    batches = common.training_batches(source, args, common.mix_seed(args.seed, 1), start, steps)
     for step, batch in enumerate(batches, start + 1):
         joint = step > args.head_iterations
-        model.train(joint)
-        set_lr(optimizer, args.lr)
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision), torch.set_grad_enabled(joint):
-            features, logits = model(image)
-        with common.autocast(args.device, args.precision):
-            e = head(features)  # (N, E, h, w)
-        e, y = batch_pixels(e, label, args, common.generator(args, 2, step))  # (n, E), (n,)
-        mm = mode_loss(head.squared_distances(e), y, args)
-        loss = segmentation_loss(logits, label) + args.lambda_mm * mm if joint else mm
-        descend(loss, optimizer, *([model, head] if joint else [head]))
-        run.watch("modes", step, steps, mm=mm, loss=loss)
-        if step == args.head_iterations and args.mode_start == "kmeans":
-            place_modes(model, head, args)
+        set_lr(optimizer, args.lr if joint else args.warmup_lr)
+        generator = common.generator(args, 2, step)
+        terms = step_losses(network if joint else still, mode_head, batch, None, args, generator)
+        optimizer.zero_grad()
+        (terms["loss"] if joint else terms["mm_s"]).backward()
+        optimizer.step()
+        run.log_step("modes", step, steps, lr=optimizer.param_groups[0]["lr"], **terms)
+        if step == args.head_iterations:
+            place_modes(model, head, source, args)
             optimizer.state.pop(head.representatives, None)  # momentum of the representatives that k-means replaced
         if run.time_to_save(step, steps):
-            run.save("modes.pt", common.pack_training(model, optimizer, args, step, head=head))
+            run.save("modes.pt", step, model, optimizer=optimizer, head=head)
 
 
 @torch.no_grad()
-def place_modes(model, head, args, images=400, per_class=2000):
-    """Step 2, k-means: sets the representatives from about `per_class` embeddings of every class, at most, evenly over images."""
-    model.eval()
-    dataset = common.source_dataset(args)
-    subset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist())
-    share = math.ceil(per_class / len(subset))
-    es, labels = [], []
-    loader = torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers, generator=torch.Generator(),
-                                         worker_init_fn=common.ignore_interrupt)
-    for batch in loader:
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision):
-            e = head(model(image)[0])  # (N, E, h, w)
-        u = torch.rand(e[:, 0].shape, generator=common.generator(args, 3, len(es)), device=e.device)  # (N, h, w)
-        y = balanced_labels(label, e.shape[2:], share, u).flatten()  # (n,)
+def place_modes(model, head, source, args, images=400, per_class=2000):
+    """Step 2, k-means: sets the representatives from about `per_class` embeddings of every class, at most."""
+    images, es, labels = min(images, len(source)), [], []
+    steps, seed = math.ceil(images / args.batch_size), common.mix_seed(args.seed, 8)
+    for step, (image, label) in enumerate(common.training_batches(source, args, seed, 0, steps)):
+        with common.autocast(args):
+            features, _ = model(image)
+        e = head(features.float())  # (N, E, h, w)
+        u = torch.rand(e[:, 0].shape, generator=common.generator(args, 3, step), device=e.device)  # (N, h, w)
+        y = balanced_labels(label, e.shape[2:], math.ceil(per_class / images), u).flatten()  # (n,)
         es.append(common.as_pixels(e)[y != common.IGNORE])
         labels.append(y[y != common.IGNORE])
-    head.representatives.copy_(kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives))
-    common.broadcast(head.representatives)  # one set of modes for all processes
+    R = kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives)
+    head.representatives.copy_(common.all_sum(R * (common.rank() == 0)))  # the first process's for all of them
+
+
+@torch.no_grad()
+def log_modes(model, head, source, target, args, run, images=40):
+    """Logs the effective modes of every class in training views of both domains; returns their means as meters.
+
+    A source pixel counts for the nearest mode of its class, a target pixel for the nearest of all. The network is in
+    training mode: batch norm is the one under which the modes were learned.
+    """
+    C, K, _ = head.representatives.shape
+    meters = {}
+    model.train()
+    for domain, views in (("source", source), ("target", target)):
+        counts = torch.zeros(C * K, dtype=torch.int64, device=args.device)
+        steps = math.ceil(min(images, len(views)) / args.batch_size)
+        for image, label in common.training_batches(views, args, common.mix_seed(args.seed, 9), 0, steps):
+            with common.autocast(args):
+                features, _ = model(image)
+            _, d2 = head(features.float(), distances=True)  # (n, C, K)
+            c, k = nearest_modes(d2)
+            if label is not None:
+                c = common.grid_labels(label, features.shape[2:]).flatten()
+                k = assign_modes(d2, c)
+            counts += torch.bincount((c * K + k)[c != common.IGNORE], minlength=C * K)
+        modes = effective_modes(common.all_sum(counts).view(C, K))  # (C,)
+        run.log(f"modes {domain}", effective=[None if math.isnan(m) else round(m, 2) for m in modes.tolist()])
+        meters[f"effective_modes_{domain}"] = modes.nanmean().item()
+    return meters
 
 
 def label_target(model, args, folder, portion):
     """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
-    Returns what the log shows: the portion asked for and what common.write_pseudo_labels tells.
+    Returns what the log shows: the portion asked for, the share kept and, on the toy, how many are right: of all, and
+    of those given to each class, mean over the classes. The truth is looked at here and used nowhere.
     """
-    model.eval()
-    classes = common.task_classes(args.source)
+    C = len(common.task_classes(args.source))
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-    confidence, label = [torch.zeros(0, device=args.device)], [torch.zeros(0, dtype=torch.uint8, device=args.device)]
-    some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
-    for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
-        best, index = prob[:, :, ::8, ::8].max(1)  # (N, H / 8, W / 8): enough for a quantile
-        confidence.append(best.flatten())
-        label.append(index.flatten().byte())
-    confidence, label = torch.cat(confidence), torch.cat(label)  # (n,)
-    # A process with an image less than others adds ignored pixels, so that n is the same in all.
-    n = math.ceil(len(some) / common.world_size()) * math.ceil(args.size[0] / 8) * math.ceil(args.size[1] / 8)
-    confidence, label = (common.all_gather(F.pad(values, (0, n - len(values)), value=common.IGNORE)) for values in (confidence, label))
-    thresholds = class_thresholds(confidence, label, len(classes), portion)  # (C,)
 
-    labelled = ((batch, pseudo_labels(prob, thresholds)) for batch, prob in common.predictions(model, dataset, args, flip=True))
-    return {"portion": portion, **common.write_pseudo_labels(folder, labelled, args)}
+    # First pass: confidences of every 4th image, 8th row and column, which is enough for a quantile.
+    some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
+    confidence = torch.zeros(len(some), args.size[0] // 8, args.size[1] // 8, device=args.device)
+    label = torch.zeros_like(confidence, dtype=torch.int64)
+    n = common.rank()  # each process fills in the images that it has looked at, and the sum is the whole
+    for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
+        for best, index in zip(*prob[:, :, ::8, ::8].max(1)):  # (H / 8, W / 8)
+            confidence[n], label[n] = best, index
+            n += common.world_size()
+    thresholds = class_thresholds(common.all_sum(confidence).flatten(), common.all_sum(label).flatten(), C, portion)
+
+    # Second pass: all images.
+    metric = common.MeanIoU(C)
+
+    def labelled():
+        for batch, prob in common.predictions(model, dataset, args, flip=True):
+            pseudo = pseudo_labels(prob, thresholds)  # (N, H, W)
+            if "label" in batch:
+                truth = batch["label"].to(pseudo.device)
+                metric.update(truth, torch.where(truth == common.IGNORE, truth, pseudo))  # a row per pseudo-label
+            yield batch, pseudo
+
+    shown = {"portion": portion, **common.write_pseudo_labels(folder, labelled(), args)}
+    if args.source == "toy":
+        confusion = common.all_sum(metric.confusion.to(args.device)).double()
+        shown["accuracy_classes"] = (confusion.diagonal() / confusion.sum(1)).nanmean().item()
+    return shown
 
 
 def make_optimizer_with_modes(model, head, args):
-    """The shared groups plus the head's layers and, without weight decay because they are normalised on use, R."""
+    """The shared groups plus the head's, at the network's own rate [R]. No weight decay on R, normalised on use."""
     optimizer = make_optimizer(model, args)
-    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 10.0})
-    optimizer.add_param_group({"params": [head.representatives], "scale": 10.0, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 1.0})
+    optimizer.add_param_group({"params": [head.representatives], "scale": 1.0, "weight_decay": 0.0})
     return optimizer
 
 
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
-    add("--head-iterations", type=common.natural_number, metavar="T", default=common.by_source(60, 2000), help="mode warm-up, network standing still [U]")
-    add("--joint-iterations", type=common.natural_number, metavar="T", default=common.by_source(0, 5000), help="mode warm-up, network learning too [U]")
-    add("--rounds", type=common.positive_int, metavar="N", default=common.by_source(2, 4), help="rounds of pseudo-labels [U: 3 to 6]")
-    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 12000), help="adaptation steps, all rounds together")
-    add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 5e-5), help="base learning rate of the adaptation [F]")
-    add("--portion", type=float, metavar="p_0", default=common.by_source(0.3, 0.2), help="kept share of each predicted class, first round [F]")
-    add("--portion-step", type=float, metavar="X", default=common.by_source(0.1, 0.05), help="delta_p, its growth per round [F]")
-    add("--portion-max", type=float, metavar="p_max", default=common.by_source(0.5, 0.5), help="its bound [F]")
-    add("--modes", type=common.positive_int, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
-    add("--mode-start", choices=("kmeans", "random"), default="kmeans", help="representatives after the head's warm-up [U]")
-    add("--embedding", type=common.positive_int, metavar="E", default=common.by_source(64, 256), help="E, embedding size [U; RepMet 256]")
-    add("--sigma", type=float, default=0.3, help="width of a mode [U; RepMet 0.5 saturates with --posterior soft]")
-    add("--alpha", type=float, default=0.5, help="margin on squared distances [R]")
-    add("--w-m", type=float, default=1.0, help="weight of the margin loss in L_mm [R]")
-    add("--w-c", type=float, default=1.0, help="weight of the mode cross-entropy in L_mm [R]")
-    add("--posterior", choices=("soft", "max"), default="soft", help="DRSL-4a; or DRSL-4c with s = 15, for which RepMet's --sigma is 0.5 [U]")
-    add("--pixels", type=common.positive_int, metavar="N", default=common.by_source(32, 256), help="pixels per class and image in L_mm and L_sma, at most [U]")
-    add("--lambda-t", type=float, default=1.0, help="weight of the target cross-entropy [U]")
-    add("--lambda-mm", type=float, default=0.1, help="weight of the mode losses [U]")
-    add("--lambda-sma", type=float, default=0.1, help="weight of stochastic mode alignment [U]")
-    add("--assignment", choices=("hard", "stochastic"), default="hard", help="DRSL-8: nearest mode, or drawn from q [U]")
-    add("--alignment", choices=("pairwise", "triplet", "centroid"), default="pairwise", help="DRSL-9A, 9C or 9D [U]")
-    add("--pairs", type=common.positive_int, metavar="M", default=64, help="M, pairs per shared mode [U]")
-    add("--stop-gradient", action="store_true", help="alignment moves target embeddings only [U]")
+    add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000),
+        help="mode warm-up at --warmup-lr, network standing still [U]")
+    add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000),
+        help="mode warm-up at --lr, network learning too, with --lambda-mm 0 from its cross-entropy alone [U]")
+    add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
+        help="rounds of pseudo-labels [U: 3 to 6]")
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000),
+        help="adaptation steps, all rounds together")
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-5),
+        help="base learning rate of the adaptation [F]")
+    add("--portion", type=common.fraction, metavar="p_0", default=common.by_source(0.3, 0.2),
+        help="kept share of each predicted class, first round [F]")
+    add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
+        help="delta_p, its growth per round [F]")
+    add("--portion-max", type=common.fraction, metavar="p_max", default=0.5, help="its bound [F]")
+    add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]; 1 for none")
+    add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
+        help="E, embedding size [U; RepMet 256]")
+    add("--sigma", type=common.positive, metavar="X", default=0.3, help="width of a mode [U; RepMet 0.5]")
+    add("--alpha", type=common.weight, metavar="X", default=0.5, help="margin on squared distances [R]")
+    add("--pixels", type=common.count, metavar="N", default=common.by_source(32, 256),
+        help="pixels per class and image in the mode losses, at most [U]")
+    add("--balance", action=argparse.BooleanOptionalAction, default=True,
+        help="the modes of a class share its pixels evenly (DRSL-17); otherwise each takes the nearest (DRSL-8) [U]")
+    add("--epsilon", type=common.positive, metavar="X", default=0.05, help="softness of the balanced assignment [U]")
+    add("--w-own", type=common.weight, metavar="X", default=1.0, help="weight of L_own in L_mm [U]")
+    add("--align-over", choices=("all", "pseudo"), default="all",
+        help="target pixels to align: all, with the nearest of all modes (DRSL-19), or the pseudo-labelled ones [U]")
+    add("--pairs", type=common.count, metavar="M", default=64, help="M, pairs per shared mode [U]")
+    add("--lambda-t", type=common.weight, metavar="X", default=1.0, help="weight of the target cross-entropy [U]")
+    add("--lambda-mm", type=common.weight, metavar="X", default=0.3, help="weight of the mode losses [U]")
+    add("--lambda-sma", type=common.weight, metavar="X", default=1.0, help="weight of stochastic mode alignment [U]")
     return common.parse(parser)
 
 
 def main():
     args = parse_args()
     run = common.Run("drsl", args)
-    classes = common.task_classes(args.source)
-    source_size = args.size if args.source == "toy" else args.source_size
-    source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
-    common.target_dataset(args, "train"), common.target_dataset(args, "val")  # say now if something is missing
+    source = common.source_dataset(args, common.training_augment(args, args.source_size))
+    augment = common.training_augment(args)
+    views = common.target_dataset(args, "train", augment)
 
     # Step 1: the source-only model, trained here or given.
     model = common.build_model(args)
@@ -538,72 +601,54 @@ def main():
         common.load_init(model, args, run)
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
+    source_model = copy.deepcopy(model)
 
-    # Step 2: modes of the source classes. Without mode losses there is no use for them.
+    # Step 2: modes of the source classes, under the adaptation's batch norm.
+    common.settle_batch_norm(model, views, args)
     torch.manual_seed(common.mix_seed(args.seed, 7))  # the head's start does not depend on what was drawn before
-    head = ModeHead(model.feature_dim, len(classes), args.modes, args.embedding).to(args.device)
-    use_modes = args.lambda_mm > 0 or args.lambda_sma > 0
-    resumed = args.resume and (run.folder / "last.pt").exists()
-    if use_modes and not resumed:
-        train_modes(model, head, source, args, run)
+    head = ModeHead(model.feature_dim, len(common.task_classes(args.source)), args.modes, args.embedding)
+    head.to(args.device)
+    train_modes(model, head, source, args, run)
 
     # Step 3: rounds of pseudo-labels and training on both domains.
-    optimizer, done = make_optimizer_with_modes(model, head, args), 0
-    if resumed:
-        done = common.load_training(run.folder / "last.pt", model, optimizer, head=head)
-    augment = common.training_augment(args.size, args.crop, args.scale_jitter)
+    optimizer = make_optimizer_with_modes(model, head, args)
+    done = run.load("last.pt", model, optimizer=optimizer, head=head)
+    network, mode_head = common.distribute(model), common.distribute(head)
     for r in range(args.rounds):
         first, last = args.iterations * r // args.rounds, args.iterations * (r + 1) // args.rounds
         if done >= last:
             continue
         labels = run.folder / "pseudo_labels" / f"round{r + 1}"
-        if done <= first:  # a new round: labels by the present network
-            done = first
-            common.adapt_batch_norm(model, args)
-            portion = min(args.portion + r * args.portion_step, args.portion_max)  # DRSL-16
+        if done == first:  # a new round: labels by the present network
+            log_modes(model, head, source, views, args, run)
+            common.settle_batch_norm(model, views, args)
+            # DRSL-16
+            portion = min(args.portion + r * args.portion_step, args.portion_max)
             run.log(f"round {r + 1}", **label_target(model, args, labels, portion))
         target = common.target_dataset(args, "train", augment, label_dir=labels)
-        batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=last)
-        batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5), start=done, stop=last)
+        batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, last)
+        batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 5), done, last)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
             set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
-            x_s, y_s = common.to_device(batch_s, args.device)
-            x_t, y_t = common.to_device(batch_t, args.device)  # y_t: pseudo-labels
-            with common.autocast(args.device, args.precision):
-                (features_s, logits_s), (features_t, logits_t) = model(x_s), model(x_t)  # (N, D, h, w), (N, C, h, w)
-            losses = {"ce_s": segmentation_loss(logits_s, y_s), "ce_t": segmentation_loss(logits_t, y_t)}  # DRSL-1, DRSL-2
-            loss = losses["ce_s"] + args.lambda_t * losses["ce_t"]
-
-            if use_modes:
-                with common.autocast(args.device, args.precision):
-                    e_s, e_t = head(features_s), head(features_t)  # (N, E, h, w)
-                generator = common.generator(args, 6, done)
-                e_s, y_s = batch_pixels(e_s, y_s, args, generator)  # (n, E), (n,)
-                e_t, y_t = batch_pixels(e_t, y_t, args, generator)
-                d2_s, d2_t = head.squared_distances(e_s), head.squared_distances(e_t)  # (n, C, K)
-                losses["mm_s"], losses["mm_t"] = mode_loss(d2_s, y_s, args), mode_loss(d2_t, y_t, args)  # DRSL-7
-                if args.assignment == "hard":  # DRSL-8
-                    m_s, m_t = assign_modes(d2_s, y_s), assign_modes(d2_t, y_t)
-                else:
-                    m_s, m_t = draw_modes(d2_s, y_s, args.sigma, generator), draw_modes(d2_t, y_t, args.sigma, generator)
-                if run.time_to_log(done, args.iterations):
-                    losses["shared"] = count_shared_modes(y_s, m_s, y_t, m_t, d2_s.shape[1:])  # |A|: without partners L_sma is 0
-                losses["sma"] = stochastic_mode_alignment(e_s.detach() if args.stop_gradient else e_s, y_s, m_s, e_t, y_t, m_t,
-                                                          pairs=args.pairs, form=args.alignment, alpha=args.alpha,
-                                                          generator=generator, shape=d2_s.shape[1:])  # DRSL-9
-                loss = loss + args.lambda_mm * (losses["mm_s"] + losses["mm_t"]) + args.lambda_sma * losses["sma"]  # DRSL-10
-
-            descend(loss, optimizer, model, head)
-            run.watch("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
-            run.validate("adapt", done, args.iterations, model)
+            terms = step_losses(network, mode_head, batch_s, batch_t, args, common.generator(args, 6, done))
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms)
+            run.validate("adapt", done, args.iterations, model, views)
             if run.time_to_save(done, args.iterations):
-                run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
+                run.save("last.pt", done, model, optimizer=optimizer, head=head)
 
     # Step 4: both models on the target's validation split.
-    common.adapt_batch_norm(model, args)
-    run.save("last.pt", common.pack_training(model, optimizer, args, done, head=head))
-    common.compare_with_source_only({"DRSL": model}, args, run)
+    meters = log_modes(model, head, source, views, args, run)
+    labelling = [line for line in run.logged() if "accuracy" in line]
+    if labelling:  # the abstract's claim: in the last round less noise
+        meters["noise"] = 100 * (1 - labelling[-1]["accuracy"])
+        meters["noise_classes"] = 100 * (1 - labelling[-1]["accuracy_classes"])
+    common.settle_batch_norm(model, views, args)
+    run.save("last.pt", done, model, optimizer=optimizer, head=head)
+    common.compare_with_source_only({"DRSL": model}, args, run, source_model, **meters)
 
 
 if __name__ == "__main__":

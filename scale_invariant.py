@@ -3,42 +3,39 @@
     M. N. Subhani, M. Ali, "Learning from Scale-Invariant Examples for Domain Adaptation in Semantic Segmentation",
     ECCV 2020, arXiv 2007.14449. Authors' code: github.com/MNaseerSubhani/LSE, read at commit e0fe81b.
 
-READ THIS FIRST. Of the paper only the abstract and the first lines of the introduction were available; the equations come
-from the authors' released code and notebooks. Labels such as LSE-6 are this project's own; the paper's equation numbers and
-symbols are unknown. Equations, steps and flags carry their origin:
-
-    [P] the paper's abstract     [C] the authors' code     [N] their notebooks, which hold logs     [U] unknown: a choice of ours
+READ THIS FIRST. Of the paper only the abstract and the first lines of the introduction were available; the equations
+come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own; the paper's equation
+numbers and symbols are unknown. Equations, steps and flags carry their origin:
+    [P] the paper's abstract    [C] the authors' code    [N] their notebooks, which hold logs    [U] unknown: our choice
 
 The idea in five sentences
 --------------------------
-1. What an object is does not depend on how large it appears, yet on enlarged target patches a network is less certain than
-   on the picture they were cut from [P], so the prediction at the original scale can teach the enlarged view.
+1. What an object is does not depend on how large it appears, yet a network does worse on enlarged target patches than
+   on the picture they were cut from (its entropy is higher [P]); so what it says of the picture can teach the patch.
 2. A source-trained network predicts all target training images; per class they are ranked by the mean confidence of the
    pixels predicted as that class, and the union of every class's best few is selected.
-3. In each class's list the best image that was not kept sets an entropy threshold for that class: it is dynamic, because it
-   is found anew every round.
-4. Random crops of half the size are cut from each selected image and enlarged by two, and the prediction made on the whole
-   image *before enlarging* becomes their label, except where its entropy misses the threshold of its class.
-5. The network trains on source images by cross-entropy and on the enlarged patches by cross-entropy and a focal loss, which
-   is there against class imbalance [P]; then the next round selects a larger share.
+3. In each class's list the best image that was not kept sets an entropy threshold for that class: it is dynamic,
+   because it is found anew every round.
+4. Random windows of half the height and width are cut from each selected image and enlarged by two; the prediction made
+   on the whole image *before enlarging* is their label, but where its entropy misses the threshold of its class.
+5. The network trains on source images by cross-entropy and on the enlarged patches by cross-entropy and a focal loss,
+   which is there against class imbalance [P]; then the next round selects a larger share.
 
 Notation
 --------
-    M target images   C classes (index c)   H x W image   i a pixel
-    h x w patch before enlarging, in LSE-12 and its functions; after the network the stride-8 grid
-    P_i    softmax at pixel i of the whole image   y_i = argmax P_i, q_i = max P_i   E_i entropy, nats   E^_i normalised
+    M target images   C classes (index c)   H x W image   h x w window (elsewhere the network's grid)   i, j pixels
+    P_i    softmax at pixel i of the whole image   y_i = argmax P_i, q_i = max P_i   E_i entropy (nats), E^_i normalised
     s_c    confidence of an image in class c       N_c   images in which c is predicted at all   k_c   images kept for c
-    x*_c   best image that c does not keep         u_c    mean E^ of an image's pixels with y_i = c
-    t_c    entropy threshold of c                  T_r    selected images of round r
-    p_r    portion of round r     n_p patches per image     beta weight, gamma exponent of the focal loss
-    l_i    -ln P_i(label_i) of the network in training      V pixels whose label is not 255
+    x*_c   best image that c does not keep         u_c   mean E^ of an image's pixels with y_i = c   t_c   its threshold
+    T_r    selected images of round r              p_r   portion of round r             n_p   patches per selected image
+    l_i    -ln P_i(label_i) of the network in training      V_s, V_t   source, target pixels whose label is not 255
 
 Equations, all from the authors' code [C]
 -----------------------------------------
-    LSE-1    L_src = mean_{V_s} l_i                                                   source image, true label
-    LSE-2    L_ce = mean_{V_t} l_i                                                    enlarged patch, transferred label
-    LSE-3    L_fl = mean_{V_t} (1 - exp(-l_i))^gamma l_i                              (--focal pixel)
-             L_fl = (1 - exp(-L_ce))^gamma L_ce                                       (--focal mean, see deviation 3)
+    LSE-1    L_src = mean_{V_s} l_i                                             source image, true label
+    LSE-2    L_ce = mean_{V_t} l_i                                              enlarged patch, transferred label
+    LSE-3    L_fl = mean_{V_t} (1 - exp(-l_i))^gamma l_i                        --focal pixel
+             L_fl = (1 - exp(-L_ce))^gamma L_ce                                 --focal mean, see deviation 3
     LSE-4    L = L_src + L_ce + beta L_fl,   beta = 0.1, gamma = 3
     LSE-5    s_c = mean_{i: y_i = c} q_i
     LSE-6    k_c = int(N_c p_r / 19): so many images of largest s_c are kept for c; T_r is the union over the classes
@@ -47,77 +44,82 @@ Equations, all from the authors' code [C]
     LSE-9    t_c = mean_{i in x*_c, y_i = c} E^_i, that is u_c of x*_c
     LSE-10   pixel i of a selected image is kept iff E^_i < t_{y_i}
     LSE-11   E_i = -sum_c P_i(c) ln(P_i(c) + 1e-12)
-    LSE-12   patch: h x w at a random place; its pixels and P are enlarged to H x W, bilinear with aligned corners;
-             label: argmax of the *enlarged* P, so that one can appear between two pixels that both lack it; 255 where not kept
-    LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds
+    LSE-12   patch: h x w = H/2 x W/2 at a random place; its pixels and P are enlarged to H x W, bilinear with aligned
+             corners; label: argmax of the *enlarged* P, so that one can appear between two pixels that both lack it;
+             255 where not kept
+    LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds of int(epochs n_p |T_r| / batch size) steps
+LSE-10 only compares pixels of one class inside one image: where the class has two entropies there and t_c > 0, its most
+certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
 
-The mask of LSE-10 only compares pixels of one class inside one image: wherever the class has two different entropies there
-and t_c is above 0, its most certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
-
-The algorithm [C]                                                                      paper's notion -> function
--------------                                                                          --------------------------
-1. Source-only training, or --init.                                                    train_source
-2. Rounds. Rank all target images with the present network: LSE-5                      rank_target, image_confidence
-     select confident images and the image behind them, LSE-6, -8                      select_images
-     entropy, and the same normalised within its class, LSE-11, -7                     pixel_entropy, normalised_entropy
-     dynamic class-specific entropy threshold, LSE-9                                   image_uncertainty, class_thresholds
-3. Label n_p enlarged patches of every selected image with the same network:           label_target
-     filter, LSE-10                                                                    keep_confident
-     transfer the labels across scales, LSE-12                                         random_windows, transfer_labels, Patches
-4. Train on source images and patches, LSE-1 to -4, --epochs times over the patches.   main, segmentation_loss, focal_loss
-   Enlarge p, LSE-13, and go to 2.                                                     round_portion, round_steps
+The algorithm [C]                                                           paper's notion -> function
+-------------                                                               --------------------------
+1. Source-only training, or --init.                                         train_source
+2. Rounds. Rank all target images with the present network: LSE-5           rank_target, image_confidence
+     select confident images and the image behind them: LSE-6, -8           select_images
+     entropy, and the same normalised within its class: LSE-11, -7          pixel_entropy, normalised_entropy
+     dynamic class-specific entropy threshold: LSE-9                        image_uncertainty, class_thresholds
+3. Label n_p enlarged patches of every selected image with this network:    label_target
+     filter: LSE-10                                                         keep_confident
+     transfer the labels across scales: LSE-12                              random_windows, transfer_labels, Views
+4. Train on source images and patches: LSE-1 to -4.                         step_losses
+   Enlarge p, LSE-13, and go to 2.                                          round_portion, round_steps
 5. Evaluate the last checkpoint.
 
-Every round logs what the method rests on [P]: `entropy_gap`, the mean entropy on enlarged patches minus that of the
-enlarged prediction of the whole image. On the toy it is hardly above zero (-0.003 to 0.045 nats), so that the premise is weak
-there and --scale 1 is better. In the toy world it also logs the accuracy of the labels, which nothing uses.
+What the method rests on [U] is logged every round, on one enlarged window of every selected image: `entropy_gap`, the
+entropy on the enlarged view minus that of the whole image's prediction there, the premise in the abstract's words;
+`cross_entropy` of the prediction on the enlarged view against the whole image's label there; `agreement`, the share of
+equal argmax. Look at the last two: a network can be as *certain* on the enlarged view as on the whole image and yet be
+wrong there, which entropy cannot see and which is what there is to learn. result.json holds all three, `before` (the
+source-only model, its batch norm settled) and `after`, on the target's validation images cut into their 2 x 2 half-size
+windows, each enlarged by two, and `enlarged_miou`, the mIoU on these views against the truth enlarged alike.
 
-Deviations: authors' code / here
---------------------------------
- 1. Network. VGG16-FCN8s (the paper's headline) and DeepLabV2 of which a misplaced `return` leaves two of four branches /
-    DeepLabV2 with four branches as in all files here; --backbone vgg16-fcn8s is the other.
- 2. SYNTHIA. 19 outputs; terrain, truck and train are neither ranked nor filtered, so nearly all their pixels become labels /
-    16 outputs. The divisor in LSE-6 is 19 in both.
- 3. Focal loss. Per pixel for VGG; for DeepLab of the mean cross-entropy of one patch, which modulates no pixel; gamma is 5 in
-    the GTA5 DeepLab notebook [N]; the option `--focal-loss False` leaves the loss on / per pixel for both; --focal mean takes
-    the mean of the batch (under torchrun not the same as in one process); --focal off, or --beta 0, drops it.
- 4. Mask. Enlarged bilinearly and kept where not exactly 0, which lets it grow: one pixel becomes 16, and of a random half
-    94 % stay / nearest neighbour, one pixel becomes 4; --mask-mode dilate is the other.
- 5. A class with one pixel or one entropy in an image. 0/0, and comparisons with NaN keep the pixel, even the whole class if
-    it happens in x*_c / E^ = 0; t_c comes from the next image of the list that defines one. A class that has none is dropped.
- 6. List of selected images. From the second round on it is walked shuffled with repeats, about 35 % of T_r are lost, and one
-    image too many is cut / each image of T_r exactly n_p times.
- 7. Patches without a kept pixel. NaN / a loss of zero.
- 8. Batch norm. Running statistics move at batch 1, enlarged patches mixed in / frozen on real data. On the toy live: each
-    domain's batch is normalised by its own statistics, and those for ranking, labelling and evaluation are re-estimated on
-    target images (common.adapt_batch_norm).
- 9. Optimizer. DeepLab: SGD that lists most weights three or four times and so moves them three or four times as far as the
-    rate says, and one SYNTHIA log with a rate of 1e-12 whose scores are the published row / each weight once, rate 1e-6 on real
-    data as the code's default. FCN8s: Adam, no weight decay, twice the rate for biases / the same with --optimizer adam
-    --head-lr 1. Rates are constant for VGG, poly anew each round for DeepLab / poly, anew each round with --iterations 0, and
-    rising over the first --ramp steps; --power 0 --ramp 0 turns both off.
-10. Batch. 1 + 1, two backward passes / n + n, one backward pass of the sum: the same gradient from more memory, means over the
-    valid pixels of the whole batch, and with --batch-size 2 half as many steps. With 9 the default run moves DeepLab's weights
-    about a seventh as far as theirs did: try --batch-size 1 --lr 3.5e-6.
-11. Augmentation. None: whole source images, patches as they are / the source as in all files here (random scale but on the toy, crop,
-    flip, colour jitter), patches with flip and colour jitter; --no-augment for plain patches.
-12. Stopping. Fixed rounds at the last commit; notebooks stop by the entropy on the *validation* images / fixed rounds.
-13. Toy: two rounds with larger portions, because 0.10 of 400 images is two per class, and --iterations for both rounds in all.
-14. --rank global. Coded in [N] and off, form unknown / the same number of images, by mean confidence over all pixels;
-    thresholds stay those of the classes.
-15. Source-only start. Given files, their making only partly known / trained here. RGB and ImageNet statistics, not BGR, for
-    which FCN8s scales pool3 and pool4 otherwise (see its docstring).
-16. The tail of the last round, up to 500 steps, was never saved / last.pt is saved at the end of every round.
-17. Evaluation. Probabilities are upsampled / logits are, as in all files here.
+Controls, --view. In all of them the network labels whole images and is scored on whole images.
+    enlarged   the method: windows of half the size, enlarged by two.
+    window     the same windows as they are: less context, but no other scale.
+    whole      the whole image, n_p times: neither, plain self-training with the same labels.
+    both       the n_p enlarged patches of an image and the image itself, 1 + n_p examples in random order, which the
+               authors wrote and commented out. With --epochs a round then has (1 + n_p) / n_p times the steps.
 
-Published rows, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101); SYNTHIA, 16 and 13 classes: 40.0 and 47.0
-(VGG16), 42.6 and 49.4 (ResNet-101, the row of deviation 9, from a start of unknown origin). Nobody has run this file on them.
+Deviations
+----------
+ 1. Network. Authors: VGG16-FCN8s (the paper's headline); DeepLabV2 of which a misplaced `return` leaves two of four
+    branches, on a ResNet that strides in its 1x1. Here: DeepLabV2 with four branches on torchvision's ResNet, which
+    strides in its 3x3; --backbone vgg16-fcn8s is the other.
+ 2. SYNTHIA. Authors: 19 outputs; terrain, truck and train are neither ranked nor filtered, so nearly all their pixels
+    become labels. Here: 16 outputs. The divisor in LSE-6 is 19 in both.
+ 3. Focal loss. Authors: per pixel for VGG; for DeepLab of one patch's mean cross-entropy, which modulates no pixel; and
+    `--focal-loss False` leaves the loss on. Here: per pixel; --focal mean takes the mean of the batch.
+ 4. Mask. Authors: enlarged bilinearly and kept where not exactly 0, so that it grows: one pixel becomes 16, and of a
+    random half 94 % stay. Here: nearest neighbour, one pixel becomes 4; --mask-mode dilate is the other.
+ 5. A class with one entropy in an image. Authors: 0/0, and comparisons with NaN keep the pixel, even the whole class if
+    it happens in x*_c. Here: E^ = 0; t_c comes from the next image of the list that defines one; else the class is out.
+ 6. A class that is predicted nowhere. Authors: the program ends in an error. Here: it selects nothing.
+ 7. List of selected images. Authors: from the second round on it is walked shuffled with repeats, about 35 % of T_r are
+    lost, and one image too many is cut. Here: each image of T_r exactly n_p times.
+ 8. Patches without a kept pixel. Authors: NaN. Here: a loss of zero.
+ 9. Batch norm. Authors: statistics move at batch 1, patches mixed in. Here: --batch-norm; statistics estimated for
+    labelling and evaluation come from the views on which the network is trained, cut from all target images.
+10. Optimizer. Authors: DeepLab's SGD lists body weights about 3.06 times and head weights once, and so moves them in a
+    step; one SYNTHIA log has a rate of 1e-12 and the scores of the published row. Here: each weight once.
+11. Batch. Authors: 1 + 1, two backward passes. Here: n + n, one pass of the sum (the same gradient), means over the
+    batch's valid pixels, 1/n as many steps. To move weights as theirs: about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
+12. Augmentation. Authors: none. Here: flip and colour jitter (source: also crop and scale, as in all files);
+    --no-augment leaves the patches as they are.
+13. Stopping. Authors: fixed rounds at the last commit; by the entropy on *validation* images in notebooks; up to 500
+    steps of the last round are never saved. Here: fixed rounds, all of them saved.
 
-Expect on the toy (mean of seeds 0 to 2, two cores of an AMD EPYC, bf16): source only 45.4, with re-estimated batch
-norm 54.3, LSE 54.9 mIoU (59.0 with --scale 1); 2 1/2 minutes from nothing, 1.3 GB.
+    setting             authors                                      here
+    rate over time      VGG constant, DeepLab poly in each round     poly, in each round with --iterations 0;
+                                                                     constant with --power 0 --ramp 0
+    FCN8s               Adam, biases at twice the rate               the same with --optimizer adam --head-lr 1
+    source-only start   files, their making partly known             trained here or by source_only.py
+    evaluation          probabilities are upsampled                  logits are, as in all files here
 
-    python scale_invariant.py                                     # toy world: warm-up, two rounds, table, picture
-    python scale_invariant.py --scale 1                           # self-training on whole images, not enlarged
+Published, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101); SYNTHIA, 16 and 13 classes, 40.0 and 47.0
+(VGG16), 42.6 and 49.4 (ResNet-101, the row of deviation 10, its start unknown). Nobody has run this file on them.
+
+    python scale_invariant.py                                   # toy world: warm-up, two rounds, table, picture
+    python scale_invariant.py --view whole                      # self-training on whole images, not enlarged
     python scale_invariant.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
     python source_only.py --source gta5 --data-root DIR --backbone vgg16-fcn8s
     python scale_invariant.py --source gta5 --data-root DIR --backbone vgg16-fcn8s --optimizer adam --head-lr 1 \\
@@ -125,11 +127,12 @@ norm 54.3, LSE 54.9 mIoU (59.0 with --scale 1); 2 1/2 minutes from nothing, 1.3 
 """
 
 import argparse
-import json
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset, Subset
 
 import common
 
@@ -143,8 +146,8 @@ def pixel_entropy(prob):
 
 
 def normalised_entropy(entropy, label):
-    """LSE-7: entropy (H, W) brought to [0, 1] inside each predicted class; label (H, W). 0 for a class with one value."""
-    E, y = entropy.flatten(), label.flatten()
+    """LSE-7: entropy (H, W) brought to [0, 1] in each predicted class of label (H, W); 0 in a class of one value."""
+    E, y = entropy.flatten(), label.flatten()  # (H W,)
     low = E.new_full((256,), math.inf).scatter_reduce(0, y, E, "amin")  # (256,): enough for any number of classes
     high = E.new_full((256,), -math.inf).scatter_reduce(0, y, E, "amax")
     span = high - low
@@ -153,56 +156,60 @@ def normalised_entropy(entropy, label):
 
 
 def class_means(values, label, num_classes):
-    """Mean of values (H, W) over the pixels of each class of label (H, W): (C,) in float64, NaN for a class without any."""
+    """Mean of values (H, W) over the pixels of each class of label (H, W): float64 (C,), NaN for an absent class."""
     total = torch.bincount(label.flatten(), values.flatten().double(), minlength=num_classes)
     return total / torch.bincount(label.flatten(), minlength=num_classes)
 
 
 def image_confidence(prob):
-    """LSE-5: s (C,), the mean top-1 probability of the pixels predicted as each class; NaN where it is not predicted."""
+    """LSE-5: s (C,), mean top-1 probability of the pixels predicted as each class; NaN where it is not predicted."""
     q, y = prob.max(0)  # (H, W)
     return class_means(q, y, len(prob))
 
 
 def image_uncertainty(prob):
-    """u (C,), the mean normalised entropy of the pixels predicted as each class, of which LSE-9 picks; NaN without any."""
+    """u (C,), mean normalised entropy of the pixels predicted as each class, of which LSE-9 picks; NaN without any."""
     y = prob.max(0).indices  # (H, W); on a CPU much faster than argmax
     return class_means(normalised_entropy(pixel_entropy(prob), y), y, len(prob))
 
 
-def rank_images(confidence):
-    """Every class's list: image indices (M, C) by falling confidence (M, C); equal ones from the back, NaN at the end."""
-    values = confidence.nan_to_num(nan=-1.0).flip(0)
-    return len(confidence) - 1 - values.argsort(dim=0, descending=True, stable=True)
+def ranked_images(confidence):
+    """One class's list: images that predict it, the most confident first, of equal ones the later; confidence (M,)."""
+    predict_it = [(s, image) for image, s in enumerate(confidence.tolist()) if not math.isnan(s)]
+    return [image for _, image in sorted(predict_it, reverse=True)]
 
 
 DIVISOR = 19  # of LSE-6, the number of Cityscapes classes, also for SYNTHIA's 16
 
 
+def kept_images(N, portion):
+    """LSE-6: k, the number of images kept for a class that N images predict."""
+    return min(N, int(N * portion / DIVISOR + 1e-6))  # 1e-6, because 2660 * 0.35 / 19 is 48.99999999999999
+
+
 def select_images(confidence, portion):
-    """LSE-6 and LSE-8. confidence (M, C) -> (indices of T_r, sorted and unique; x* (C,): best image not kept, -1 if none)."""
-    order = rank_images(confidence)  # (M, C)
-    N = confidence.isfinite().sum(0)  # (C,)
-    k = (N.double() * portion / DIVISOR + 1e-6).long().clamp(max=N)  # LSE-6; 1e-6, because 2660 * 0.35 / 19 is 48.99999999999999
-    place = torch.arange(len(order), device=order.device)[:, None]
-    selected = order[place < k].unique()
-    # LSE-8
-    reference = torch.cat([order, order.new_zeros(1, len(k))]).gather(0, k[None])[0]  # (C,); a row more, because k may be M
-    return selected, torch.where(k < N, reference, -1)
+    """LSE-6, -8. confidence (M, C) -> indices of T_r, sorted and unique; x* (C,): best image not kept, -1 for none."""
+    selected, reference = set(), []
+    for s in confidence.T:  # class after class, (M,)
+        images = ranked_images(s)
+        k = kept_images(len(images), portion)  # LSE-6
+        selected.update(images[:k])
+        reference.append(images[k] if k < len(images) else -1)  # LSE-8
+    return torch.tensor(sorted(selected), dtype=torch.long), torch.tensor(reference)
 
 
 def class_thresholds(confidence, uncertainty, reference):
     """LSE-9: t (C,). confidence, uncertainty (M, C): of every image and class; reference (C,): x*.
 
-    An image where all pixels of the class have one entropy defines no threshold (its uncertainty is 0): the next one of the
-    list does. Without any, t is 0 and LSE-10 keeps nothing.
+    An image in which all pixels of the class have one entropy defines no threshold (its uncertainty is 0): the next one
+    of the list does. Without any, t is 0 and LSE-10 keeps nothing.
     """
-    order = rank_images(confidence)  # (M, C)
-    u = uncertainty.gather(0, order)  # (M, C), along each class's list
-    usable = ((order == reference).cumsum(0) > 0) & (u > 0)  # (M, C): x* and all behind it, where they define a threshold
-    first = usable.int().argmax(0)[None]  # (1, C)
-    # LSE-9
-    return torch.where(usable.any(0), u.gather(0, first)[0], 0)
+    thresholds = []
+    for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class after class
+        images = ranked_images(s)
+        not_kept = images[images.index(best):] if best >= 0 else []
+        thresholds.append(next((u[image] for image in not_kept if u[image] > 0), 0.0))  # LSE-9
+    return torch.tensor(thresholds, dtype=uncertainty.dtype)
 
 
 def keep_confident(normalised, label, thresholds):
@@ -210,20 +217,26 @@ def keep_confident(normalised, label, thresholds):
     return normalised < thresholds[label]
 
 
-def random_windows(images, patches, size, scale, generator):
-    """LSE-12: corners (images, patches, 2), y and x, of windows of 1/scale of `size`, uniform over all places where they fit."""
-    corners = [torch.randint(full - full // scale + 1, (images, patches), generator=generator) for full in size]
+def random_windows(images, patches, size, window, generator):
+    """LSE-12: corners (images, patches, 2), y and x, uniform over all places where the window fits into a picture."""
+    corners = [torch.randint(side - part + 1, (images, patches), generator=generator)
+               for side, part in zip(size, window)]
     return torch.stack(corners, 2)
 
 
-def cut(maps, y, x, scale):
-    """The window of maps (..., H, W) at (y, x) that has 1/scale of their height and width."""
-    return maps[..., y:y + maps.shape[-2] // scale, x:x + maps.shape[-1] // scale]
+def cut(maps, y, x, h, w):
+    """The window of maps (..., H, W) at (y, x) of h x w pixels."""
+    return maps[..., y:y + h, x:x + w]
 
 
 def enlarge(maps, size):
     """(C, h, w) -> (C, H, W), bilinear with aligned corners."""
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=True)[0]
+
+
+def enlarge_labels(label, size):
+    """(h, w) -> (H, W), nearest neighbour."""
+    return F.interpolate(label[None, None].double(), size=size, mode="nearest")[0, 0].to(label.dtype)
 
 
 def transfer_labels(prob, keep, size, mask_mode="nearest"):
@@ -232,24 +245,39 @@ def transfer_labels(prob, keep, size, mask_mode="nearest"):
     mask_mode: "nearest" keeps the share of kept pixels, "dilate" keeps what any kept pixel reaches bilinearly.
     """
     label = enlarge(prob, size).max(0).indices  # (H, W): enlarge first, then decide
-    keep = keep[None].to(prob.dtype)  # (1, h, w)
-    keep = enlarge(keep, size) if mask_mode == "dilate" else F.interpolate(keep[None], size=size, mode="nearest")[0]
-    return torch.where(keep[0] > 0, label, common.IGNORE)
+    if mask_mode == "dilate":
+        keep = enlarge(keep[None].double(), size)[0] > 0  # (H, W)
+    else:
+        keep = enlarge_labels(keep, size)  # (H, W)
+    return torch.where(keep, label, common.IGNORE)
+
+
+def view_agreement(seen, there):
+    """What the method rests on, of one patch: entropy gap, cross-entropy and agreement, (3,).
+
+    seen (C, H, W): probabilities predicted on the enlarged patch; there (C, H, W): those of the whole image, enlarged.
+    """
+    label = there.max(0).indices  # (H, W)
+    gap = (pixel_entropy(seen) - pixel_entropy(there)).mean()
+    cross_entropy = F.nll_loss((seen + 1e-12).log()[None], label[None])
+    agreement = (seen.max(0).indices == label).to(seen.dtype).mean()
+    return torch.stack([gap, cross_entropy, agreement])
+
+
+def focal(l, gamma):
+    """The expression of LSE-3 for a cross-entropy l: of each pixel, or L_ce, as in the authors' DeepLab."""
+    doubt = -torch.expm1(-l)  # 1 - exp(-l)
+    return doubt.clamp(min=1e-12) ** gamma * l  # clamped, because for gamma < 1 the power has no slope at 0
 
 
 def focal_loss(logits, label, gamma):
-    """LSE-3 of logits (N, C, h, w) against labels (N, H, W): mean over the pixels that are not 255, a connected zero for none."""
+    """LSE-3 of logits (N, C, h, w), upsampled, against labels (N, H, W): mean over the pixels that are not 255.
+
+    No valid pixel: a zero that is connected to the graph.
+    """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     l = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W), 0 where 255
-    doubt = -torch.expm1(-l)  # 1 - exp(-l)
-    focal = doubt.clamp(min=1e-12) ** gamma * l  # clamped, because for gamma < 1 the power has no slope at 0
-    # LSE-3
-    return common.masked_mean(focal, label != common.IGNORE)
-
-
-def focal_of_mean(cross_entropy, gamma):
-    """LSE-3 as the authors' DeepLab computes it: from the mean cross-entropy L_ce, a scalar."""
-    return (-torch.expm1(-cross_entropy)).clamp(min=1e-12) ** gamma * cross_entropy
+    return focal(l, gamma).sum() / (label != common.IGNORE).sum().clamp(min=1)  # LSE-3
 
 
 def round_portion(p_0, delta_p, r):
@@ -257,9 +285,9 @@ def round_portion(p_0, delta_p, r):
     return round(p_0 + r * delta_p, 9)
 
 
-def round_steps(patches, epochs, batch_size):
-    """Training steps of one round: `epochs` times over its patches."""
-    return max(1, epochs * patches // batch_size)
+def round_steps(examples, epochs, batch_size):
+    """LSE-13: training steps of one round, `epochs` times over its examples."""
+    return max(1, epochs * examples // batch_size)
 
 
 # =================================================== the training ===================================================
@@ -267,17 +295,17 @@ def round_steps(patches, epochs, batch_size):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), enlarged, against labels (N, H, W), mean over the pixels that are not 255.
+    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="none")  # (N, H, W)
-    return common.masked_mean(loss, label != common.IGNORE)
+    loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
+    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
 
 
-def poly_lr(base, step, steps, power):
-    """The poly schedule: base * (1 - step / steps) ** power."""
+def poly_lr(base, step, steps, power=0.9):
+    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 
@@ -285,12 +313,10 @@ def make_optimizer(model, args):
     """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    fused = next(model.parameters()).is_cuda  # all weights in one kernel
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=fused)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=fused)
+    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
+                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
+                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
+    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
 
 
 def set_lr(optimizer, lr):
@@ -299,65 +325,100 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-def descend(loss, optimizer, *modules):
-    """One step of gradient descent; under torchrun every process takes the same one."""
-    optimizer.zero_grad()
-    loss.backward()
-    common.average_gradients(*modules)
-    optimizer.step()
-
-
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    optimizer, start = make_optimizer(model, args), 0
-    if args.resume and (run.folder / file).exists():
-        start = common.load_training(run.folder / file, model, optimizer)
+    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    start = run.load(file, model, optimizer=optimizer)
     model.train()
-    batches = common.training_batches(dataset, args, seed=args.seed, start=start, stop=steps)
-    for step, batch in enumerate(batches, start + 1):
-        set_lr(optimizer, poly_lr(lr, step - 1, steps, 0.9))
-        image, label = common.to_device(batch, args.device)
-        with common.autocast(args.device, args.precision):
-            _, logits = model(image)
+    for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
+        set_lr(optimizer, poly_lr(lr, step - 1, steps))
+        with common.autocast(args):
+            _, logits = network(image)  # (N, 3, H, W) -> (N, C, h, w)
         loss = criterion(logits, label)
-        descend(loss, optimizer, model)
-        run.watch("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log_step("source", step, steps, lr=optimizer.param_groups[0]["lr"], loss=loss)
         if run.time_to_save(step, steps):
-            run.save(file, common.pack_training(model, optimizer, args, step))
-    for buffer in model.buffers():  # live batch norm under torchrun: all go on with the statistics that were saved
-        common.broadcast(buffer)
-    model.eval()
+            run.save(file, step, model, optimizer=optimizer)
 # --- end ---
 
 
+def step_losses(network, source, target, args):
+    """The named losses of one step, `loss` their sum. source, target: images (N, 3, H, W) and labels (N, H, W).
+
+    Target images are patches, target labels the transferred ones. Two forward passes, so that batch norm, where it is
+    live, normalises each domain by its own statistics.
+    """
+    (x_s, y_s), (x_t, y_t) = source, target
+    with common.autocast(args):
+        (_, logits_s), (_, logits_t) = network(x_s), network(x_t)  # (N, C, h, w)
+    losses = {"ce_s": segmentation_loss(logits_s, y_s),  # LSE-1
+              "ce_t": segmentation_loss(logits_t, y_t)}  # LSE-2
+    if args.focal == "pixel":
+        losses["focal"] = focal_loss(logits_t, y_t, args.gamma)  # LSE-3
+    if args.focal == "mean":
+        losses["focal"] = focal(losses["ce_t"], args.gamma)  # LSE-3
+    losses["loss"] = losses["ce_s"] + losses["ce_t"] + args.beta * losses.get("focal", 0)  # LSE-4
+    return losses
+
+
 def faster_biases(optimizer):
-    """Deviation 9, FCN8s: biases learn at twice the rate. Splits every group in two."""
+    """FCN8s: biases learn at twice the rate. Splits every group in two."""
     for group in list(optimizer.param_groups):
         biases = [p for p in group["params"] if p.ndim == 1]
         group["params"] = [p for p in group["params"] if p.ndim > 1]
         optimizer.add_param_group({**group, "params": biases, "scale": 2 * group["scale"]})
 
 
-class Patches(torch.utils.data.Dataset):
-    """The enlarged patches of one round (LSE-12) with the labels that label_target wrote to `folder`."""
+def half(size):
+    """Height and width of the windows."""
+    return size[0] // 2, size[1] // 2
 
-    def __init__(self, args, folder):
-        self.images, self.folder, self.size = common.target_dataset(args, "train"), folder, args.size
-        self.patches, self.scale = json.loads((folder / "round.json").read_text())["patches"], args.scale
-        self.augment = common.training_augment(args.size, args.size, None) if args.augment else None
+
+def view_size(args):
+    """Height and width of the target images of --view."""
+    return half(args.size) if args.view == "window" else args.size
+
+
+def view_examples(view, images, corners, size):
+    """The training examples of --view, [image, n, y, x, h, w]: window n of an image. corners (len(images), n_p, 2)."""
+    examples = []
+    for image, places in zip(images, corners.tolist()):
+        windows = [(y, x, *half(size)) for y, x in places]
+        if view == "whole":
+            windows = [(0, 0, *size)] * len(places)
+        if view == "both":
+            windows.append((0, 0, *size))
+        examples += [[image, n, *window] for n, window in enumerate(windows)]
+    return examples
+
+
+class Views(Dataset):
+    """Target training images as the network is trained on them: `view_examples`, each brought to `view_size`.
+
+    folder: where label_target wrote their labels; without it they have none, which is enough for batch norm.
+    """
+
+    def __init__(self, args, examples, folder=None):
+        self.images, self.examples, self.folder = common.target_dataset(args, "train"), examples, folder
+        self.size = view_size(args)
+        uncropped = argparse.Namespace(size=self.size, crop=self.size, scale_jitter=(1, 1))
+        self.augment = common.training_augment(uncropped) if args.augment else None
 
     def __len__(self):
-        return len(self.patches)
+        return len(self.examples)
 
     def __getitem__(self, number):
-        index, n, y, x = self.patches[number]
+        index, n, *window = self.examples[number]
         item = self.images[index]
-        patch = enlarge(cut(item["image"], y, x, self.scale), self.size)  # (3, H, W)
+        patch = common.to_picture(enlarge(cut(item["image"], *window), self.size))
         name = f"{item['name']}_{n}"
-        return common.make_item(common.to_picture(patch), common.stored_label(self.folder, name), name, None, self.augment, False)
+        label = common.read_label(self.folder / f"{name}.png") if self.folder else None
+        return common.make_item(patch, label, name, None, self.augment)
 
 
-def predictions(model, dataset, args):
+def each_prediction(model, dataset, args):
     """Number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
     number = common.rank()
     for batch, probabilities in common.predictions(model, dataset, args):
@@ -367,98 +428,127 @@ def predictions(model, dataset, args):
 
 
 def rank_target(model, dataset, args):
-    """Step 2, one pass over the target: of each image s (M, C), u (M, C) and the mean confidence of all its pixels (M,)."""
+    """Step 2, one pass over the target: s and u of each image and class, (M, C) each."""
     C = len(common.task_classes(args.source))
-    table = torch.zeros(len(dataset), 2 * C + 1, dtype=torch.float64, device=args.device)
-    for number, _, prob in predictions(model, dataset, args):
-        table[number] = torch.cat([image_confidence(prob), image_uncertainty(prob), prob.amax(0).double().mean()[None]])
-    confidence, uncertainty, overall = common.all_sum(table).cpu().split([C, C, 1], dim=1)
-    return confidence, uncertainty, overall[:, 0]
+    table = torch.zeros(len(dataset), 2 * C, dtype=torch.float64, device=args.device)
+    for number, _, prob in each_prediction(model, dataset, args):
+        table[number] = torch.cat([image_confidence(prob), image_uncertainty(prob)])
+    return common.all_sum(table).cpu().split(C, dim=1)  # every row is zero in all processes but one
 
 
 def label_target(model, args, folder, r):
-    """Steps 2 and 3: selects images, draws their patches and writes label PNGs and round.json to `folder`.
+    """Steps 2 and 3: selects images, draws their windows and writes label PNGs and round.json to `folder`.
 
-    Returns what the log shows: portion, selected images, patches, entropy_gap, measured on the first patch of each image, and
-    what common.write_pseudo_labels tells.
+    Returns what the log shows: portion, selected images, examples, what `compare_views` tells of the first window of
+    each image and common.write_pseudo_labels of the labels.
     """
-    model.eval()
-    size = args.size
-    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-    portion = round_portion(args.portion, args.portion_step, r)  # LSE-13
-    confidence, uncertainty, overall = rank_target(model, dataset, args)
+    dataset, portion = common.target_dataset(args, "train"), round_portion(args.portion, args.portion_step, r)  # LSE-13
+    confidence, uncertainty = rank_target(model, dataset, args)
+    predicted = int(confidence.isfinite().sum(0).max())
+    check_portion(portion, predicted, f"round {r + 1}: no class is predicted in more than {predicted} images")
     selected, reference = select_images(confidence, portion)
-    if len(selected) == 0:
-        most = confidence.isfinite().sum(0).max().item()  # at least 1, because every pixel is predicted as something
-        raise common.InputError(f"round {r + 1}: a portion of {portion} selects no image, because a class keeps 1/{DIVISOR} of that "
-                                f"share and none is predicted in more than {most}; give --portion "
-                                f"{math.ceil(1000 * DIVISOR / most) / 1000} or more")
     thresholds = class_thresholds(confidence, uncertainty, reference)  # (C,)
-    if args.rank == "global":
-        selected = overall.topk(len(selected)).indices.sort().values
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 6, r))  # the same in all processes
-    windows = random_windows(len(selected), args.patches, size, args.scale, generator).tolist()
-    patches = [[index, n, y, x] for index, corners in zip(selected.tolist(), windows) for n, (y, x) in enumerate(corners)]
+    corners = random_windows(len(selected), args.patches, args.size, half(args.size), generator)
+    selected = selected.tolist()
+    examples = view_examples(args.view, selected, corners, args.size)
     if common.rank() == 0:
-        state = {"portion": portion, "thresholds": thresholds.tolist(), "references": reference.tolist(), "patches": patches}
-        common.write_atomically(folder / "round.json", lambda path: path.write_text(json.dumps(state)))
-
-    thresholds = thresholds.to(args.device).float()
-    gap = torch.zeros((), dtype=torch.float64, device=args.device)
-
-    def labelled():
-        """Name, transferred label and, in the toy world, true label of every patch of this process's images."""
-        for i, item, prob in predictions(model, torch.utils.data.Subset(dataset, selected.tolist()), args):
-            entropy, label = pixel_entropy(prob), prob.max(0).indices  # (H, W)
-            keep = keep_confident(normalised_entropy(entropy, label), label, thresholds)
-            for _, n, y, x in patches[i * args.patches:(i + 1) * args.patches]:
-                patch = {"name": [f"{item['name']}_{n}"]}
-                if "label" in item:
-                    truth = cut(item["label"], y, x, args.scale)[None, None].float()
-                    patch["label"] = F.interpolate(truth, size=size, mode="nearest")[0]  # (1, H, W)
-                there = cut(prob, y, x, args.scale)  # (C, h, w)
-                yield patch, transfer_labels(there, cut(keep, y, x, args.scale), size, args.mask_mode)[None]  # (1, H, W)
-                if n == 0:
-                    view = enlarge(cut(item["image"], y, x, args.scale), size)[None]  # (1, 3, H, W)
-                    gap.add_(pixel_entropy(common.predict(model, view, size, args.precision)[0]).mean()
-                             - pixel_entropy(enlarge(there, size)).mean())
-
-    told = common.write_pseudo_labels(folder, labelled(), args)
+        common.write_json(folder / "round.json", {"portion": portion, "thresholds": thresholds.tolist(),
+                                                  "references": reference.tolist(), "examples": examples})
+    views = compare_views(model, Subset(dataset, selected), corners[:, :1], args)
+    told = common.write_pseudo_labels(folder, transferred(model, selected, examples, thresholds, args), args)
     if told["kept"] == 0:
-        raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another --portion")
-    return {"portion": portion, "images": len(selected), "patches": len(patches),
-            "entropy_gap": (common.all_sum(gap) / len(selected)).item(), **told}
+        raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another")
+    return {"portion": portion, "images": len(selected), "examples": len(examples), **views, **told}
+
+
+def transferred(model, selected, examples, thresholds, args):
+    """Step 3: yields name, true label in the toy world, and transferred label of each example of selected images."""
+    dataset = Subset(common.target_dataset(args, "train", labelled=args.source == "toy"), selected)
+    t, size = thresholds.to(args.device), view_size(args)
+    for i, item, prob in each_prediction(model, dataset, args):
+        label = prob.max(0).indices  # (H, W)
+        keep = keep_confident(normalised_entropy(pixel_entropy(prob), label), label, t)  # (H, W)
+        for _, n, *window in (example for example in examples if example[0] == selected[i]):
+            batch = {"name": [f"{item['name']}_{n}"]}
+            if "label" in item:  # for the log's `accuracy`
+                batch["label"] = enlarge_labels(cut(item["label"], *window), size)[None]  # (1, H, W)
+            yield batch, transfer_labels(cut(prob, *window), cut(keep, *window), size, args.mask_mode)[None]
+
+
+def compare_views(model, dataset, corners, args):
+    """Means of `view_agreement` over enlarged windows at corners (len(dataset), n, 2); with labels also enlarged_miou.
+
+    The windows are enlarged whatever --view says, so that the controls have the same meter.
+    """
+    total, size = torch.zeros(3, dtype=torch.float64, device=args.device), args.size
+    metric = common.MeanIoU(len(common.task_classes(args.source)))
+    for number, item, prob in each_prediction(model, dataset, args):
+        windows = [(y, x, *half(size)) for y, x in corners[number].tolist()]
+        views = torch.stack([enlarge(cut(item["image"], *window), size) for window in windows])  # (n, 3, H, W)
+        for window, seen in zip(windows, common.predict(model, views, size, args)):  # seen: (C, H, W)
+            total += view_agreement(seen, enlarge(cut(prob, *window), size))
+            if "label" in item:
+                truth = enlarge_labels(cut(item["label"], *window), size).to(args.device)  # (H, W)
+                metric.update(seen.max(0).indices, truth)
+    gap, cross_entropy, agreement = (common.all_sum(total) / (corners.numel() / 2)).tolist()
+    told = {"entropy_gap": gap, "cross_entropy": cross_entropy, "agreement": agreement}
+    metric.confusion = common.all_sum(metric.confusion.to(args.device))
+    return {**told, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else told
+
+
+def validation_views(model, args):
+    """`compare_views` on the target's validation images, cut into their 2 x 2 half-size windows."""
+    dataset, (h, w) = common.target_dataset(args, "val", labelled=True), half(args.size)
+    quarters = torch.tensor([(0, 0), (0, w), (h, 0), (h, w)])  # (4, 2)
+    return compare_views(model, dataset, quarters.expand(len(dataset), 4, 2), args)
+
+
+def check_portion(portion, images, found):
+    """Refuses a portion with which a class that so many images predict keeps none (LSE-6); says which would do."""
+    if kept_images(images, portion) == 0:
+        raise common.InputError(f"{found}, of which a class keeps int({images} x {portion} / {DIVISOR}) = 0 with a portion of "
+                                f"{portion}; give --portion {math.ceil(1000 * DIVISOR / images) / 1000} or more")
 
 
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
-    add("--rounds", type=common.positive_int, metavar="N", default=common.by_source(2, 7), help="rounds of ranking and training [C]")
-    add("--iterations", type=common.natural_number, metavar="T", default=common.by_source(240, 0),
+    add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 7),
+        help="rounds of ranking and training [C]")
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 0),
         help="adaptation steps, all rounds together; 0: as --epochs says [C]")
-    add("--epochs", type=common.positive_int, metavar="N", default=2,
-        help="with --iterations 0: times over the patches of a round, poly decay starting anew in each [C]")
-    add("--lr", type=float, metavar="X", default=common.by_source(2e-4, 1e-6), help="base learning rate of the adaptation [C]")
-    add("--portion", type=float, metavar="p_0", default=common.by_source(1.0, 0.10),
+    add("--epochs", type=common.count, metavar="N", default=2,
+        help="with --iterations 0: times over the examples of a round, poly decay starting anew in each [C]")
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-6),
+        help="base learning rate of the adaptation [C]")
+    add("--portion", type=common.positive, metavar="p_0", default=common.by_source(1.0, 0.10),
         help="p of the first round: 19 times the share of images that a class keeps [C]")
-    add("--portion-step", type=float, metavar="X", default=common.by_source(0.5, 0.05), help="delta_p, its growth per round [C]")
-    add("--patches", type=common.positive_int, metavar="n_p", default=4, help="random patches per selected image [C]")
-    add("--scale", type=int, choices=(1, 2), default=2, help="how much patches are enlarged; 1: self-training on whole images, all n_p patches the same [C]")
-    add("--rank", choices=("class", "global"), default="class", help="images confident in a class, or as many confident ones [C, N]")
-    add("--mask-mode", choices=("nearest", "dilate"), default="nearest", help="how the mask of kept pixels is enlarged [U, C]")
-    add("--focal", choices=("pixel", "mean", "off"), default="pixel", help="focal loss per pixel, of the mean, or none [C]")
-    add("--beta", type=float, default=0.1, help="weight of the focal loss [C]")
-    add("--gamma", type=float, default=3.0, help="its exponent [C; 5 in one notebook]")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror patches and vary their colours [U]")
-    return common.parse(parser)
+    add("--portion-step", type=common.weight, metavar="X", default=common.by_source(0.5, 0.05),
+        help="delta_p, its growth per round [C]")
+    add("--patches", type=common.count, metavar="n_p", default=4, help="random patches per selected image [C]")
+    add("--view", choices=("enlarged", "window", "whole", "both"), default="enlarged",
+        help="target examples: half-size windows enlarged by two [P]; or, as controls, the same windows as they are, "
+             "whole images, or patches and whole images")
+    add("--mask-mode", choices=("nearest", "dilate"), default="nearest",
+        help="how the mask of kept pixels is enlarged [U, C]")
+    add("--focal", choices=("pixel", "mean", "off"), default="pixel",
+        help="focal loss per pixel, of the mean cross-entropy, or none [C]")
+    add("--beta", type=common.weight, metavar="X", default=0.1, help="weight of the focal loss [C]")
+    add("--gamma", type=common.weight, metavar="X", default=3.0, help="its exponent [C; 5 in one notebook]")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror patches, vary their colours [U]")
+    args = common.parse(parser)
+    if args.size[0] % 16 or args.size[1] % 16:
+        parser.error(f"--size {args.size[0]}x{args.size[1]}: expected multiples of 16, for windows of half the size")
+    return args
 
 
 def main():
     args = parse_args()
     run = common.Run("scale_invariant", args)
-    source_size = args.size if args.source == "toy" else args.source_size
-    source = common.source_dataset(args, augment=common.training_augment(source_size, args.crop, args.scale_jitter))
-    common.target_dataset(args, "train"), common.target_dataset(args, "val")  # say now if something is missing
+    images = len(common.target_dataset(args, "train"))
+    check_portion(args.portion, images, f"there are {images} target images")
+    source = common.source_dataset(args, common.training_augment(args, args.source_size))
 
     # Step 1: the source-only model, trained here or given.
     model = common.build_model(args)
@@ -466,54 +556,53 @@ def main():
         common.load_init(model, args, run)
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
+    source_model = copy.deepcopy(model)
+    # What batch norm is settled on: all target images in the view that the network is trained on.
+    generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 7))
+    corners = random_windows(images, args.patches, args.size, half(args.size), generator)
+    views = Views(args, view_examples(args.view, range(images), corners, args.size))
+    common.settle_batch_norm(model, views, args)
+    before = validation_views(model, args)
 
     # Steps 2 to 4: rounds of selection, labels and training on both domains. One optimizer for all of them.
-    # done: steps of the whole run so far; first, last: where a round starts and ends; begin, end: where the poly decay does.
-    optimizer, done, first = make_optimizer(model, args), 0, 0
+    # done: steps of the run so far; first, last: where a round starts and ends; begin, end: where the poly decay does.
+    network, optimizer, first = common.distribute(model), make_optimizer(model, args), 0
     if args.backbone == "vgg16-fcn8s":
         faster_biases(optimizer)
-    if args.resume and (run.folder / "last.pt").exists():
-        done = common.load_training(run.folder / "last.pt", model, optimizer)
+    done = run.load("last.pt", model, optimizer=optimizer)
     for r in range(args.rounds):
         folder = run.folder / "pseudo_labels" / f"round{r + 1}"
         if done <= first:  # a new round: images and labels by the present network
-            common.adapt_batch_norm(model, args)
+            if r > 0:  # for the first round it has just been done
+                common.settle_batch_norm(model, views, args)
             run.log(f"round {r + 1}", **label_target(model, args, folder, r))
-        target = Patches(args, folder)
+        target = Views(args, common.read_json(folder / "round.json")["examples"], folder)
         if args.iterations:
             last, begin, end = args.iterations * (r + 1) // args.rounds, 0, args.iterations
         else:
             last = first + round_steps(len(target), args.epochs, args.batch_size)
             begin, end = first, last  # the learning rate decays within the round
-        if done >= last:
-            first = last
-            continue
-        batches_s = common.training_batches(source, args, seed=common.mix_seed(args.seed, 4), start=done, stop=last)
-        batches_t = common.training_batches(target, args, seed=common.mix_seed(args.seed, 5, r), start=done - first, stop=last - first)
+        batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, last)
+        batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 5, r), done - first, last - first)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
             set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1 - begin, end - begin, args.power))
-            x_s, y_s = common.to_device(batch_s, args.device)
-            x_t, y_t = common.to_device(batch_t, args.device)  # y_t: transferred labels
-            with common.autocast(args.device, args.precision):
-                (_, logits_s), (_, logits_t) = model(x_s), model(x_t)  # (N, C, h, w)
-            losses = {"ce_s": segmentation_loss(logits_s, y_s), "ce_t": segmentation_loss(logits_t, y_t)}  # LSE-1, LSE-2
-            loss = losses["ce_s"] + losses["ce_t"]
-            if args.focal != "off":  # LSE-3
-                losses["focal"] = (focal_loss(logits_t, y_t, args.gamma) if args.focal == "pixel"
-                                   else focal_of_mean(losses["ce_t"], args.gamma))
-                loss = loss + args.beta * losses["focal"]  # LSE-4
-            descend(loss, optimizer, model)
-            run.watch("adapt", done, end, lr=optimizer.param_groups[0]["lr"], loss=loss, **losses)
-            run.validate("adapt", done, end, model)
+            losses = step_losses(network, batch_s, batch_t, args)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            run.log_step("adapt", done, end, lr=optimizer.param_groups[0]["lr"], **losses)
+            run.validate("adapt", done, end, model, views)
             if run.time_to_save(done, last):
-                run.save("last.pt", common.pack_training(model, optimizer, args, done))
+                run.save("last.pt", done, model, optimizer=optimizer)
         first = last
 
-    # Step 5: both models on the target's validation split.
-    common.adapt_batch_norm(model, args)
-    run.save("last.pt", common.pack_training(model, optimizer, args, done))
-    common.compare_with_source_only({"LSE": model}, args, run)
+    # Step 5: the last checkpoint on the target's validation split, as it is and in enlarged views.
+    common.settle_batch_norm(model, views, args)
+    run.save("last.pt", done, model, optimizer=optimizer)
+    after = validation_views(model, args)
+    meters = {f"{name}_{when}": told[name] for name in before for when, told in (("before", before), ("after", after))}
+    common.compare_with_source_only({"LSE": model}, args, run, source_model, **meters)
 
 
 if __name__ == "__main__":

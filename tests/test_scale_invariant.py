@@ -1,12 +1,12 @@
-"""scale_invariant.py: every equation against an independent computation, its gradient routing and its degenerate cases.
+"""scale_invariant.py: every equation against an independent computation, then every wire of a step and of main().
 
 Property names such as P3 number what a reimplementation of LSE must obey; the figures are hand values and closed forms.
 """
 
 import argparse
+import copy
 import json
 import math
-import signal
 import sys
 
 import pytest
@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import SPLITTABLE, TINY, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
 import scale_invariant
-from scale_invariant import (class_means, class_thresholds, cut, enlarge, focal_loss, focal_of_mean, image_confidence,
-                             image_uncertainty, keep_confident, normalised_entropy, pixel_entropy, random_windows, rank_images,
-                             round_portion, round_steps, segmentation_loss, select_images, transfer_labels)
+from scale_invariant import (class_means, class_thresholds, cut, enlarge, enlarge_labels, focal, focal_loss, image_confidence,
+                             image_uncertainty, keep_confident, kept_images, normalised_entropy, pixel_entropy,
+                             random_windows, ranked_images, round_portion, round_steps, segmentation_loss, select_images,
+                             step_losses, transfer_labels, view_agreement, view_examples)
 
 C = 19
 
@@ -106,9 +108,9 @@ def confidences(M, classes, seed=0):
 
 def test_ranking_and_its_ties():
     confidence = torch.tensor([[0.5, math.nan], [0.9, 0.3], [0.5, 0.3], [0.7, math.nan]], dtype=torch.float64)
-    order = rank_images(confidence)
-    assert order[:, 0].tolist() == [1, 3, 2, 0]  # equal confidence: the later file first
-    assert order[:2, 1].tolist() == [2, 1] and set(order[2:, 1].tolist()) == {0, 3}  # without the class: last
+    assert ranked_images(confidence[:, 0]) == [1, 3, 2, 0]  # equal confidence: the later file first
+    assert ranked_images(confidence[:, 1]) == [2, 1]  # images without the class are not in its list
+    assert ranked_images(confidence[:0, 0]) == []
 
 
 @pytest.mark.parametrize("r, k", list(enumerate([15, 23, 31, 39, 46, 54, 62])))  # P3
@@ -129,7 +131,7 @@ def test_selection_of_rare_classes():  # P3
         order = confidence[:present, 0].argsort(descending=True).tolist()
         assert selected.tolist() == order[:expected]
         assert reference.tolist() == [order[expected], -1]  # P5: list position k_c
-    assert select_images(confidences(5, 3), 0.1)[0].tolist() == []
+    assert select_images(confidences(5, 3), 0.1)[0].tolist() == [] and kept_images(189, 0.1) == 0 < kept_images(190, 0.1)
     assert select_images(torch.zeros(0, 3), 0.1)[1].tolist() == [-1, -1, -1]
 
 
@@ -165,7 +167,8 @@ def test_exactly_seven_rounds_and_their_steps(monkeypatch):  # P4
     args = scale_invariant.parse_args()
     portions = [round_portion(args.portion, args.portion_step, r) for r in range(args.rounds + 1)]
     assert args.rounds == 7 == sum(p <= 0.4 for p in portions)
-    assert (args.iterations, args.epochs, args.patches, args.beta, args.gamma, args.lr, args.scale) == (0, 2, 4, 0.1, 3.0, 1e-6, 2)
+    assert (args.iterations, args.epochs, args.patches, args.beta, args.gamma, args.lr) == (0, 2, 4, 0.1, 3.0, 1e-6)
+    assert (args.view, args.mask_mode, args.focal, args.augment) == ("enlarged", "nearest", "pixel", True)
     assert [round_steps(4 * images, 2, 1) for images in (167, 164)] == [1336, 1312]
     assert round_steps(4 * 167, 2, 2) == 668 and round_steps(1, 1, 8) == 1
 
@@ -215,14 +218,14 @@ def test_mask_does_not_change_with_the_scale_of_entropy():  # P2
 
 def test_windows_fit_everywhere_and_nowhere_else():  # P6
     g = torch.Generator().manual_seed(0)
-    windows = random_windows(3000, 4, (512, 1024), 2, g)
+    windows = random_windows(3000, 4, (512, 1024), (256, 512), g)
     assert windows.shape == (3000, 4, 2)
     assert windows.amin((0, 1)).tolist() == [0, 0] and windows.amax((0, 1)).tolist() == [256, 512]  # both ends included
     assert windows.double().mean((0, 1)).tolist() == pytest.approx([128, 256], abs=6)
-    assert random_windows(5, 2, (512, 1024), 1, g).abs().sum() == 0  # scale 1: the whole image
-    assert random_windows(2000, 1, (33, 65), 2, g).amax((0, 1)).tolist() == [17, 33]
+    assert random_windows(5, 2, (512, 1024), (512, 1024), g).abs().sum() == 0
+    assert random_windows(2000, 1, (33, 65), (16, 32), g).amax((0, 1)).tolist() == [17, 33]
     image = torch.arange(3 * 8 * 12).view(3, 8, 12)
-    assert torch.equal(cut(image, 3, 5, 2), image[:, 3:7, 5:11]) and torch.equal(cut(image, 0, 0, 1), image)
+    assert torch.equal(cut(image, 3, 5, 4, 6), image[:, 3:7, 5:11]) and torch.equal(cut(image, 0, 0, 8, 12), image)
 
 
 def test_enlarging_keeps_corners_constants_and_sums():  # P6
@@ -267,26 +270,62 @@ def test_scale_one_is_the_identity():
         assert torch.equal(transfer_labels(prob, keep, (6, 8), mode), torch.where(keep, prob.argmax(0), 255))
 
 
-def test_patches_are_the_windows_of_the_images(tmp_path):
-    """Image and label of a patch belong together: the label, painted as grey, is the image that was cut."""
-    args = argparse.Namespace(source="toy", toy_world=0, toy_images=3, size=(32, 64), scale=2, augment=False)
-    (tmp_path / "round.json").write_text(json.dumps({"patches": [[2, 0, 5, 9], [0, 3, 16, 32]]}))
-    written = torch.randint(0, 16, (2, 32, 64)).byte()
-    for name, label in zip(("toy_target_train_0002_0", "toy_target_train_0000_3"), written):
+def test_labels_are_enlarged_by_the_nearest_neighbour():
+    label = torch.tensor([[1, 255], [7, 0]])
+    assert enlarge_labels(label, (4, 4)).tolist() == [[1, 1, 255, 255]] * 2 + [[7, 7, 0, 0]] * 2
+    assert torch.equal(enlarge_labels(label, (2, 2)), label) and enlarge_labels(label > 1, (4, 4)).dtype == torch.bool
+
+
+def test_examples_of_each_view():
+    corners = torch.tensor([[[3, 5], [0, 1]], [[16, 32], [2, 2]]])
+    windows = [[7, 0, 3, 5, 16, 32], [7, 1, 0, 1, 16, 32], [9, 0, 16, 32, 16, 32], [9, 1, 2, 2, 16, 32]]
+    for view in ("enlarged", "window"):
+        assert view_examples(view, [7, 9], corners, (32, 64)) == windows
+    whole = [0, 0, 32, 64]
+    assert view_examples("whole", [7, 9], corners, (32, 64)) == [[i, n, *whole] for i in (7, 9) for n in (0, 1)]
+    assert view_examples("both", [7, 9], corners, (32, 64)) == [*windows[:2], [7, 2, *whole], *windows[2:], [9, 2, *whole]]
+
+
+@pytest.mark.parametrize("view, size", [("enlarged", (32, 64)), ("both", (32, 64)), ("window", (16, 32))])
+def test_views_are_the_windows_of_the_images(tmp_path, view, size):
+    args = argparse.Namespace(source="toy", toy_world=0, toy_images=3, size=(32, 64), view=view, augment=False)
+    examples = [[2, 0, 5, 9, 16, 32], [0, 3, 16, 32, 16, 32]] + [[1, 4, 0, 0, 32, 64]] * (view == "both")
+    names = ["toy_target_train_0002_0", "toy_target_train_0000_3", "toy_target_train_0001_4"][:len(examples)]
+    written = torch.randint(0, 16, (3, *size)).byte()
+    for name, label in zip(names, written):
         common.write_label(tmp_path / f"{name}.png", label.numpy(), common.SYNTHIA_16)
-    patches = scale_invariant.Patches(args, tmp_path)
-    whole = common.ToyStreets("target", "train", (32, 64), images=3)
-    assert len(patches) == 2 and [patches[i]["name"] for i in (0, 1)] == ["toy_target_train_0002_0", "toy_target_train_0000_3"]
-    for i, (index, y, x) in enumerate(((2, 5, 9), (0, 16, 32))):
-        assert torch.equal(patches[i]["label"], written[i].long())
-        expected = F.interpolate(whole[index]["image"][None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)[0]
-        torch.testing.assert_close(patches[i]["image"], expected, atol=0.6 / 255 / 0.22, rtol=0)  # kept with 8 bits
+    views = scale_invariant.Views(args, examples, tmp_path)
+    images = common.ToyStreets("target", "train", (32, 64), images=3)
+    assert len(views) == len(examples) and [views[i]["name"] for i in range(len(examples))] == names
+    for i, (index, _, y, x, h, w) in enumerate(examples):
+        assert torch.equal(views[i]["label"], written[i].long())
+        there = images[index]["image"][None, :, y:y + h, x:x + w]
+        expected = F.interpolate(there, size=size, mode="bilinear", align_corners=True)[0]
+        torch.testing.assert_close(views[i]["image"], expected, atol=0.6 / 255 / 0.22, rtol=0)  # kept with 8 bits
+    assert "label" not in scale_invariant.Views(args, examples)[0]
     args.augment = True
-    jittered = scale_invariant.Patches(args, tmp_path)
+    jittered = scale_invariant.Views(args, examples, tmp_path)
     items = [jittered[0] for _ in range(20)]
     mirrored = [torch.equal(item["label"], written[0].long().flip(1)) for item in items]
     assert 0 < sum(mirrored) < 20 and all(m or torch.equal(item["label"], written[0].long()) for m, item in zip(mirrored, items))
     assert (items[0]["image"] - items[1]["image"]).abs().max() > 0.05
+
+
+def test_agreement_of_views_against_a_loop():  # P12
+    seen, there = probabilities(5, 4, 6), probabilities(5, 4, 6, seed=1)
+    gap, cross_entropy, agreement = view_agreement(seen, there).tolist()
+    terms = [0.0, 0.0, 0.0]
+    for y in range(4):
+        for x in range(6):
+            a, b = seen[:, y, x].tolist(), there[:, y, x].tolist()
+            terms[0] += sum(v * math.log(v) for v in b) - sum(v * math.log(v) for v in a)
+            terms[1] -= math.log(a[b.index(max(b))])
+            terms[2] += a.index(max(a)) == b.index(max(b))
+    assert [gap, cross_entropy, agreement] == pytest.approx([term / 24 for term in terms], abs=1e-9)
+    assert 0 < agreement < 1 and view_agreement(there, there)[[0, 2]].tolist() == [0, 1]
+    certain = torch.eye(3, dtype=torch.float64)[:, None]  # (3, 1, 3): certain, and wrong everywhere
+    gap, cross_entropy, agreement = view_agreement(certain, certain.roll(1, 0)).tolist()
+    assert gap == 0 and agreement == 0 and cross_entropy == pytest.approx(-math.log(1e-12))  # which entropy cannot see
 
 
 # ------------------------------------------------------- the losses -------------------------------------------------------
@@ -298,12 +337,12 @@ def logits_of(p):
     return torch.stack([p.log(), (1 - p).log()])[None, :, None]
 
 
-@pytest.mark.parametrize("p, ce, focal, total", [  # P8
+@pytest.mark.parametrize("p, ce, fl, total", [  # P8
     (0.9, 0.105361, 0.000105, 0.105371), (0.5, 0.693147, 0.086643, 0.701812), (0.1, 2.302585, 1.678585, 2.470444)])
-def test_focal_hand_values(p, ce, focal, total):
+def test_focal_hand_values(p, ce, fl, total):
     label = torch.zeros(1, 1, 1, dtype=torch.long)
     assert segmentation_loss(logits_of([p]), label).item() == pytest.approx(ce, abs=1e-6)
-    assert focal_loss(logits_of([p]), label, 3.0).item() == pytest.approx(focal, abs=1e-6)
+    assert focal_loss(logits_of([p]), label, 3.0).item() == pytest.approx(fl, abs=1e-6)
     assert ce + 0.1 * focal_loss(logits_of([p]), label, 3.0).item() == pytest.approx(total, abs=2e-6)  # LSE-4
 
 
@@ -311,10 +350,10 @@ def test_focal_per_pixel_and_of_the_mean_differ():  # P8
     logits, label = logits_of([0.9, 0.1]), torch.zeros(1, 1, 2, dtype=torch.long)
     ce = segmentation_loss(logits, label)
     assert focal_loss(logits, label, 3.0).item() == pytest.approx(0.839345, abs=1e-6)
-    assert focal_of_mean(ce, 3.0).item() == pytest.approx(0.412963, abs=1e-6)
+    assert focal(ce, 3.0).item() == pytest.approx(0.412963, abs=1e-6)
     assert focal_loss(logits, label, 0.0).item() == pytest.approx(ce.item())  # gamma = 0 is the cross-entropy
     assert focal_loss(logits, label, 1000.0).item() == pytest.approx(0, abs=1e-12)  # gamma -> infinity leaves LSE-2 alone
-    assert focal_of_mean(ce, 0.0).item() == pytest.approx(ce.item())
+    assert focal(ce, 0.0).item() == pytest.approx(ce.item())
 
 
 def test_focal_against_a_loop_at_another_resolution():
@@ -342,7 +381,7 @@ def test_focal_of_certain_and_ignored_pixels_is_finite(gamma):
     loss.backward()
     assert loss.item() == 0 and torch.isfinite(logits.grad).all() and logits.grad.abs().sum() == 0
     sure = torch.tensor(0.0, requires_grad=True)
-    focal_of_mean(sure, gamma).backward()
+    focal(sure, gamma).backward()
     assert torch.isfinite(sure.grad)
 
 
@@ -352,10 +391,10 @@ def test_an_unlabelled_patch_leaves_the_source_gradient_alone():  # P9
     logits = lambda: torch.einsum("nchw,cd->ndhw", x, weights)
     source = segmentation_loss(logits(), torch.zeros(1, 4, 4, dtype=torch.long))
     ce, fl = segmentation_loss(logits(), nothing), focal_loss(logits(), nothing, 3.0)
-    assert ce.item() == fl.item() == focal_of_mean(ce, 3.0).item() == 0
+    assert ce.item() == fl.item() == focal(ce, 3.0).item() == 0
     expected = torch.autograd.grad(source, weights, retain_graph=True)[0]
-    for focal in (fl, focal_of_mean(ce, 3.0)):
-        assert torch.equal(torch.autograd.grad(source + ce + 0.1 * focal, weights, retain_graph=True)[0], expected)
+    for term in (fl, focal(ce, 3.0)):
+        assert torch.equal(torch.autograd.grad(source + ce + 0.1 * term, weights, retain_graph=True)[0], expected)
 
 
 def test_one_backward_pass_of_the_sum_is_the_two_of_the_authors():  # P11
@@ -375,7 +414,7 @@ def test_optimizer_lists_every_weight_once_and_doubles_the_rate_of_biases():  # 
         models = {name: common.build_network(C, name) for name in ("resnet101", "vgg16-fcn8s")}
     for name, model in models.items():
         common.freeze_batch_norm(model)
-        optimizer = scale_invariant.make_optimizer(model, argparse.Namespace(optimizer="adam", head_lr=1.0))
+        optimizer = scale_invariant.make_optimizer(model, argparse.Namespace(optimizer="adam", head_lr=1.0, device="cpu"))
         if name == "vgg16-fcn8s":
             scale_invariant.faster_biases(optimizer)
         listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -384,13 +423,463 @@ def test_optimizer_lists_every_weight_once_and_doubles_the_rate_of_biases():  # 
     rates = {p.ndim: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {4: 1e-6, 1: 2e-6} and all(len({p.ndim for p in g["params"]}) == 1 for g in optimizer.param_groups)
     assert all(g["betas"] == (0.9, 0.99) and g["weight_decay"] == 0 for g in optimizer.param_groups)
-    enlarging = {id(p) for p in model.enlarge.parameters()}
-    assert len(enlarging) == 3 and not enlarging & set(listed)  # the bilinear kernels never learn
+    upsampling = {id(p) for p in model.upsampling.parameters()}
+    assert len(upsampling) == 3 and not upsampling & set(listed)  # the bilinear kernels never learn
 
 
-# -------------------------------------------------------- the script --------------------------------------------------------
+# ------------------------------------------------------ one step ------------------------------------------------------
+
+
+class Tiny(common.DeepLabV2):
+    """A network with the parts of DeepLabV2 whose training step takes a moment."""
+
+    def __init__(self, classes=16):
+        nn.Module.__init__(self)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8), nn.BatchNorm2d(6), nn.ReLU())
+        self.classifier = nn.ModuleList([nn.Conv2d(6, classes, 1)])
+        self.feature_dim = 6
+
+
+def step_arguments(**flags):
+    return argparse.Namespace(**{"device": "cpu", "precision": "fp32", "focal": "pixel", "beta": 0.1, "gamma": 3.0, **flags})
+
+
+def step_batches(seed=0, classes=16):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 2, 3, 32, 64, generator=g)
+    labels = torch.randint(0, classes, (2, 2, 32, 64), generator=g)
+    labels[:, :, :9] = 255
+    return (images[0], labels[0]), (images[1], labels[1])
+
+
+def independent_losses(logits_s, y_s, logits_t, y_t, focal="pixel", beta=0.1, gamma=3.0):
+    """The terms of LSE-1 to LSE-4 from log-softmax, pixel by pixel."""
+    def pixels(logits, label):
+        up = F.interpolate(logits.double(), label.shape[1:], mode="bilinear", align_corners=False)  # Tiny's cells tile
+        l = -up.log_softmax(1).gather(1, label.clamp(max=15)[:, None])[:, 0]
+        return l[label != 255]
+
+    l_s, l_t = pixels(logits_s, y_s), pixels(logits_t, y_t)
+    terms = {"ce_s": l_s.mean(), "ce_t": l_t.mean()}
+    if focal == "pixel":
+        terms["focal"] = ((1 - (-l_t).exp()) ** gamma * l_t).mean()
+    if focal == "mean":
+        terms["focal"] = (1 - (-l_t.mean()).exp()) ** gamma * l_t.mean()
+    return {**terms, "loss": terms["ce_s"] + terms["ce_t"] + (beta * terms["focal"] if focal != "off" else 0)}
+
+
+@pytest.mark.parametrize("flags", [{}, {"gamma": 5.0}, {"beta": 0.7}, {"focal": "mean", "gamma": 2.0}, {"focal": "off"}])
+def test_every_term_of_a_step_and_its_gradient(flags):
+    torch.manual_seed(0)
+    model, (source, target) = Tiny().train(), step_batches()
+    losses = step_losses(model, source, target, step_arguments(**flags))
+    expected = independent_losses(model(source[0])[1], source[1], model(target[0])[1], target[1], **flags)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
+        mine, theirs = (torch.autograd.grad(term, list(model.parameters()), retain_graph=True)
+                        for term in (losses[name], value))
+        for a, b in zip(mine, theirs):  # body, batch norm and head
+            assert b.abs().max() > 0
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_each_term_comes_from_its_own_domain():
+    torch.manual_seed(0)
+    model, (source, target) = Tiny().train(), step_batches()
+    base, (other_source, other_target) = step_losses(model, source, target, step_arguments()), step_batches(1)
+    for (a, b), untouched in (((other_source, target), {"ce_t", "focal"}), ((source, other_target), {"ce_s"})):
+        losses = step_losses(model, a, b, step_arguments())
+        assert {name for name in losses if torch.equal(losses[name], base[name])} == untouched
+    nothing = target[0], torch.full_like(target[1], 255)  # P9
+    losses = step_losses(model, source, nothing, step_arguments())
+    assert losses["ce_t"] == losses["focal"] == 0 and losses["loss"] == losses["ce_s"]
+    gradients = torch.autograd.grad(losses["loss"], list(model.parameters()), retain_graph=True)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(losses["ce_s"], list(model.parameters()))))
+
+
+# ---------------------------------------------------- the wires of main ----------------------------------------------------
 
 FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--patches", 2]
+QUICK = [*TINY[:4], "--toy-images", 12, "--batch-size", 2, "--log-every", 1, "--precision", "fp32", "--warmup-iterations", 1,
+         "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 4, "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd",
+         "--ramp", 2]
+
+
+class Trace(list):
+    """What main() calls, in order, as (name, details)."""
+
+    def of(self, name):
+        return [details for called, details in self if called == name]
+
+    def names(self):
+        return [name for name, _ in self]
+
+
+def state(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def equal_states(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """play(*flags, out=NAME) calls the real main() with a tiny network and returns the run folder and a Trace of its calls."""
+    trace = Trace()
+    real = {name: getattr(scale_invariant, name) for name in ("step_losses", "label_target", "make_optimizer", "faster_biases",
+                                                              "validation_views", "train_source")}
+
+    def traced(name, details):
+        def wrapper(*given):
+            details_before = details(*given)
+            trace.append((name, details_before))
+            details_before["result"] = real[name](*given)
+            return details_before["result"]
+        monkeypatch.setattr(scale_invariant, name, wrapper)
+
+    def build_model(args):
+        torch.manual_seed(args.seed)
+        return Tiny(len(common.task_classes(args.source)))
+
+    traced("step_losses", lambda network, source, target, args: {
+        "network": network, "training": [m.training for m in network.modules()], "state": state(network), "source": source,
+        "target": target, "args": args})
+    traced("label_target", lambda model, args, folder, r: {"model": model, "state": state(model), "folder": folder, "r": r})
+    traced("make_optimizer", lambda model, args: {"trained": [n for n, p in model.named_parameters() if p.requires_grad]})
+    traced("faster_biases", lambda optimizer: {"optimizer": optimizer})
+    traced("validation_views", lambda model, args: {"model": model, "state": state(model)})
+    traced("train_source", lambda *given: {"given": given})
+    settle, validate, compare = common.settle_batch_norm, common.Run.validate, common.compare_with_source_only
+
+    def settle_and_tell(model, views, args):
+        settle(model, views, args)
+        trace.append(("settle", {"model": model, "views": views, "state": state(model)}))
+
+    def compare_and_tell(models, args, run, source_model, **meters):
+        trace.append(("compare", {"models": models, "source": source_model, "states": [state(m) for m in models.values()]}))
+        compare(models, args, run, source_model, **meters)
+
+    monkeypatch.setattr(common, "settle_batch_norm", settle_and_tell)
+    monkeypatch.setattr(common, "compare_with_source_only", compare_and_tell)
+    monkeypatch.setattr(common.Run, "validate", lambda *given: trace.append(("validate", {"views": given[-1], "model": given[-2]})))
+    monkeypatch.setattr(common, "build_model", build_model)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
+
+    def play(*flags, out="run"):
+        trace.clear()
+        monkeypatch.setattr(sys, "argv", ["scale_invariant.py", *map(str, [*QUICK, *flags]), "--out", str(tmp_path / out)])
+        scale_invariant.main()
+        return tmp_path / out, trace
+
+    play.trace = trace
+    return play
+
+
+def lines(folder, stage=None):
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in found if stage is None or line["stage"] == stage]
+
+
+def saved(folder, name):
+    return torch.load(folder / name, weights_only=True)
+
+
+def round_state(folder, r):
+    return json.loads((folder / f"pseudo_labels/round{r}/round.json").read_text())
+
+
+@pytest.mark.parametrize("policy", ["live", "target", "frozen"])
+def test_stages_and_batch_norm(play, policy):
+    """What comes when, with which network in which mode; statistics from the views before labels, optimizer and score."""
+    folder, trace = play("--batch-norm", policy)
+    steps = ["step_losses", "validate"]
+    assert trace.names() == ["train_source", "make_optimizer", "settle", "validation_views", "make_optimizer", "label_target",
+                             *steps * 2, "settle", "label_target", *steps * 2, "settle", "validation_views", "compare"]
+    model, views = trace.of("label_target")[0]["model"], trace.of("settle")[0]["views"]
+    assert isinstance(views, scale_invariant.Views) and views.folder is None and len(views) == 12 * 2
+    assert sorted({example[0] for example in views.examples}) == list(range(12))  # all target images
+    for call in trace.of("settle") + trace.of("validate"):
+        assert call["views"] is views and call["model"] is model
+    for call in trace.of("step_losses"):
+        assert call["network"] is model and call["training"] == [True, True, True, policy == "live", *[True] * (len(call["training"]) - 4)]
+    # What labels and what is scored is the settled network.
+    settled, labels, looks = trace.of("settle"), trace.of("label_target"), trace.of("validation_views")
+    assert equal_states(labels[0]["state"], settled[0]["state"]) and equal_states(looks[0]["state"], settled[0]["state"])
+    assert equal_states(labels[1]["state"], settled[1]["state"]) and equal_states(looks[1]["state"], settled[2]["state"])
+    compared = trace.of("compare")[0]
+    assert list(compared["models"]) == ["LSE"] and equal_states(compared["states"][0], settled[2]["state"])
+    assert equal_states(saved(folder, "last.pt")["model"], settled[2]["state"])
+    # The source-only model of the table has its own statistics.
+    source = state(compared["source"])
+    assert equal_states(source, saved(folder, "source_only.pt")["model"])
+    mean = "backbone.1.running_mean"
+    assert torch.equal(source[mean], settled[0]["state"][mean]) == (policy == "frozen")
+    assert torch.equal(settled[0]["state"][mean], settled[2]["state"][mean]) == (policy != "live")
+    assert ("backbone.1.weight" in trace.of("make_optimizer")[1]["trained"]) == (policy == "live")
+    assert not equal_states(source, compared["states"][0])
+
+
+@pytest.mark.parametrize("view", ["enlarged", "window", "whole", "both"])
+def test_what_the_network_is_trained_on(play, view):
+    """Each batch holds examples of its own round with the labels on disk, beside labelled source images."""
+    folder, trace = play("--view", view, "--no-augment", "--val-every", 1)
+    args = trace.of("step_losses")[0]["args"]
+    shape, per_image = ((16, 32) if view == "window" else (32, 64)), (3 if view == "both" else 2)
+    images = common.ToyStreets("target", "train", (32, 64), images=12)
+    sources = [common.ToyStreets("source", "train", (32, 64), images=12)[i]["label"] for i in range(12)]
+    used = set()
+    for number, call in enumerate(trace.of("step_losses")):
+        r = 1 + number // 2
+        rows = round_state(folder, r)["examples"]
+        (_, y_s), (x_t, y_t) = call["source"], call["target"]
+        assert all(any(torch.equal(y, t) or torch.equal(y, t.flip(1)) for t in sources) for y in y_s)
+        assert x_t.shape == (2, 3, *shape) and y_t.shape == (2, *shape)
+        for x, label in zip(x_t, y_t):
+            matches = []
+            for index, n, top, left, h, w in rows:
+                stored = torch.from_numpy(common.read_label(folder / f"pseudo_labels/round{r}/{images[index]['name']}_{n}.png"))
+                there = images[index]["image"][None, :, top:top + h, left:left + w]
+                there = F.interpolate(there, shape, mode="bilinear", align_corners=True)[0]
+                if (x - there).abs().max() < 0.6 / 255 / 0.22 and torch.equal(stored.long(), label):
+                    matches.append((r, index, n, h))
+            assert matches
+            used.update(matches)
+    assert len({(r, i, n) for r, i, n, _ in used}) > 4  # not the same example again and again
+    for r in (1, 2):
+        state_of_round, told = round_state(folder, r), lines(folder, f"round {r}")[0]
+        assert told["examples"] == len(state_of_round["examples"]) == per_image * told["images"]
+        heights = {"enlarged": [16, 16], "window": [16, 16], "whole": [32, 32], "both": [16, 16, 32]}[view]
+        assert [example[4] for example in state_of_round["examples"]] == heights * told["images"]
+    views = trace.of("settle")[0]["views"]  # batch norm sees the same view
+    assert views.size == shape and [example[4] for example in views.examples] == heights * 12
+    corners = [tuple(example[2:4]) for example in views.examples if example[4] == 16]
+    assert view == "whole" or len(set(corners)) > 12
+    assert args.view == view
+
+
+def test_windows_are_drawn_anew_in_every_round_and_for_every_seed(play):
+    places = {}
+    for seed in (0, 1):
+        folder, _ = play("--seed", seed, "--portion", 18, "--portion-step", 0.1, out=f"seed{seed}")
+        for r in (1, 2):
+            places[seed, r] = {(index, n): (y, x) for index, n, y, x, h, w in round_state(folder, r)["examples"]}
+            assert len(set(places[seed, r].values())) > len(places[seed, r]) // 2 > 5  # of 17 x 33 places
+    for a in places:
+        for b in places:
+            shared = places[a].keys() & places[b].keys()
+            assert len(shared) > 10 and (a == b or sum(places[a][key] == places[b][key] for key in shared) < 4)
+
+
+@pytest.mark.parametrize("optimizer, power", [("sgd", 0.9), ("sgd", 0.0), ("adamw", 0.9)])
+def test_training_is_the_descent_of_the_sum(play, optimizer, power):  # P11
+    """The steps of round one again, from the batches that main() drew: rate, ramp, terms, gradients and both rates."""
+    folder, trace = play("--batch-norm", "frozen", "--head-lr", 3, "--beta", 0.5, "--gamma", 2, "--optimizer", optimizer,
+                         "--power", power)
+    model = Tiny()
+    model.load_state_dict(saved(folder, "source_only.pt")["model"])
+    common.freeze_batch_norm(model)
+    groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad]}, {"params": list(model.classifier.parameters())}]
+    descent = {"sgd": lambda: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4),
+               "adamw": lambda: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01)}[optimizer]()
+    steps = trace.of("step_losses")
+    assert len(steps) == 4
+    for number, call in enumerate(steps):
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(call["state"][key], value, atol=1e-6, rtol=1e-4)
+        lr = 0.02 * min(1, (number + 1) / 2) * (1 - number / 4) ** power
+        assert lines(folder, "adapt")[number]["lr"] == pytest.approx(lr)
+        descent.param_groups[0]["lr"], descent.param_groups[1]["lr"] = lr, 3 * lr
+        (x_s, y_s), (x_t, y_t) = call["source"], call["target"]
+        terms = independent_losses(model(x_s)[1], y_s, model(x_t)[1], y_t, beta=0.5, gamma=2)
+        for name, value in terms.items():
+            assert lines(folder, "adapt")[number][name] == pytest.approx(value.item(), rel=1e-4)
+        descent.zero_grad()
+        terms["loss"].backward()
+        descent.step()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(saved(folder, "last.pt")["model"][key], value, atol=1e-5, rtol=1e-4)
+    moved = (model.backbone[0].weight - saved(folder, "source_only.pt")["model"]["backbone.0.weight"]).abs().max()
+    assert moved > 1e-3  # far more than the tolerance
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs(play, epochs):
+    """Without --iterations a round lasts --epochs over its examples, the rate decaying anew in each."""
+    folder, trace = play("--iterations", 0, "--epochs", epochs, "--ramp", 0, "--log-every", 1)
+    ends, names = [0], []
+    for r in (1, 2):
+        ends.append(ends[-1] + epochs * len(round_state(folder, r)["examples"]) // 2)  # a batch holds two
+        names += [f"{step}/{ends[-1]}" for step in range(ends[-2] + 1, ends[-1] + 1)]
+    log = lines(folder, "adapt")
+    assert [line["step"] for line in log] == names and 2 < ends[1] < ends[2] - ends[1]  # the second round is longer
+    assert log[0]["lr"] == log[ends[1]]["lr"] == 0.02 > log[1]["lr"] > log[ends[1] - 1]["lr"]
+    seen = [tuple(y.flatten()[::7].tolist()) for call in trace.of("step_losses")[:ends[1]] for y in call["target"][1]]
+    assert len(seen) == epochs * len(round_state(folder, 1)["examples"])
+    batches = [call["target"][0] for call in trace.of("step_losses")]
+    assert not any(torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])  # never the same batch again
+
+
+@pytest.mark.parametrize("flags", [[], ["--view", "window", "--mask-mode", "dilate"], ["--view", "both", "--mask-mode", "dilate"],
+                                   ["--view", "whole"]])
+def test_written_labels_are_those_of_the_equations(play, flags):
+    """Ranking, thresholds, labels and what the log says of them again in both rounds, with loops over classes."""
+    folder, trace = play(*flags, "--portion", 5, "--portion-step", 2.5)
+    images = common.ToyStreets("target", "train", (32, 64), images=12, labelled=True)
+    view_size = (16, 32) if "window" in flags else (32, 64)
+    for r, portion in ((1, 5.0), (2, 7.5)):  # LSE-13
+        model, told, drawn = Tiny(), lines(folder, f"round {r}")[0], round_state(folder, r)
+        model.load_state_dict(trace.of("label_target")[r - 1]["state"])
+        model.eval()
+        predict = lambda batch: F.interpolate(model(batch)[1], (32, 64), mode="bilinear").softmax(1).detach()
+        stacked = torch.stack([images[i]["image"] for i in range(12)]).contiguous(memory_format=torch.channels_last)
+        probs = [*predict(stacked[:8]), *predict(stacked[8:])]  # batches of eight, as in the script: they round alike
+        lists, thresholds, normalised = [], [], [torch.zeros(32, 64) for _ in probs]
+        for i, prob in enumerate(probs):
+            entropy, label = -(prob * (prob + 1e-12).log()).sum(0), prob.argmax(0)
+            for c in label.unique().tolist():
+                mine = entropy[label == c]
+                normalised[i][label == c] = (mine - mine.min()) / (mine.max() - mine.min()).clamp(min=1e-12)
+        for c in range(16):
+            shown = [(prob.amax(0)[prob.argmax(0) == c].double().mean().item(), i) for i, prob in enumerate(probs) if (prob.argmax(0) == c).any()]
+            lists.append([i for _, i in sorted(shown)[::-1]])
+            spread = [normalised[i][probs[i].argmax(0) == c].double().mean().item() for i in lists[c][int(len(lists[c]) * portion / 19):]]
+            thresholds.append(next((t for t in spread if t > 0), 0))
+        kept = {i for ranking in lists for i in ranking[:int(len(ranking) * portion / 19)]}
+        assert sorted(kept) == sorted({example[0] for example in drawn["examples"]}) and 0 < told["images"] == len(kept) < 12
+        assert drawn["references"] == [(ranking + [-1] * 13)[int(len(ranking) * portion / 19)] for ranking in lists]
+        assert drawn["thresholds"] == pytest.approx(thresholds, abs=1e-5) and drawn["portion"] == told["portion"] == portion
+        shares, right, seen = [], [], set()
+        for index, n, y, x, h, w in drawn["examples"]:
+            there = (slice(None), slice(y, y + h), slice(x, x + w))
+            label = F.interpolate(probs[index][None][(slice(None), *there)], view_size, mode="bilinear", align_corners=True)[0].argmax(0)
+            keep = (normalised[index] < torch.tensor(thresholds)[probs[index].argmax(0)])[None][there].float()[None]
+            wide = dict(mode="bilinear", align_corners=True) if "dilate" in flags else dict(mode="nearest")
+            keep = F.interpolate(keep, view_size, **wide)[0, 0] > 0
+            stored = torch.from_numpy(common.read_label(folder / f"pseudo_labels/round{r}/{images[index]['name']}_{n}.png")).long()
+            assert (stored == torch.where(keep, label, 255)).double().mean() > 0.99  # a batch and single images round differently
+            truth = F.interpolate(images[index]["label"][None][there][None].float(), view_size, mode="nearest")[0, 0]
+            shares.append((stored != 255).double().mean().item())
+            right.append(((stored == truth) & (stored != 255)).double().mean().item())
+            seen.add((index, n))
+        assert len(seen) == len(drawn["examples"]) == len(list((folder / f"pseudo_labels/round{r}").glob("*.png")))
+        assert told["kept"] == pytest.approx(sum(shares) / len(shares)) and 0 < told["kept"] < 1
+        assert told["accuracy"] == pytest.approx(sum(right) / sum(shares))
+        if not flags:  # the premise, on the first window of each image
+            views = []
+            for index, n, y, x, h, w in drawn["examples"]:
+                if n == 0:
+                    big = lambda maps: F.interpolate(maps[None, :, y:y + 16, x:x + 32], (32, 64), mode="bilinear", align_corners=True)[0]
+                    views.append(view_agreement(predict(big(images[index]["image"])[None])[0], big(probs[index])).tolist())
+            means = [sum(column) / len(views) for column in zip(*views)]
+            assert [told[k] for k in ("entropy_gap", "cross_entropy", "agreement")] == pytest.approx(means, abs=1e-3)
+            assert "enlarged_miou" not in told  # the log of a round looks at no label for it
+        else:
+            assert all(math.isfinite(told[k]) for k in ("entropy_gap", "cross_entropy", "agreement"))
+
+
+def test_meters_of_the_enlarged_views(play):
+    """result.json: the 2 x 2 windows of all validation pictures, enlarged, against truth enlarged; before and after."""
+    folder, trace = play("--batch-norm", "target", "--toy-images", 16, "--view", "window")
+    meters, looks = result(folder)["meters"], trace.of("validation_views")
+    assert set(meters) == {f"{name}_{when}" for name in ("entropy_gap", "cross_entropy", "agreement", "enlarged_miou")
+                           for when in ("before", "after")}
+    images = common.ToyStreets("target", "val", (32, 64), images=16)
+    for when, look in zip(("before", "after"), looks):
+        model, metric, terms = Tiny(), common.MeanIoU(16), []
+        model.load_state_dict(look["state"])
+        model.eval()
+        predict = lambda image: F.interpolate(model(image[None])[1], (32, 64), mode="bilinear").softmax(1)[0].detach()
+        for i in range(4):
+            prob = predict(images[i]["image"])
+            for y in (0, 16):
+                for x in (0, 32):
+                    big = lambda maps: F.interpolate(maps[None, :, y:y + 16, x:x + 32], (32, 64), mode="bilinear", align_corners=True)[0]
+                    seen = predict(big(images[i]["image"]))
+                    truth = images[i]["label"][y:y + 16, x:x + 32].repeat_interleave(2, 0).repeat_interleave(2, 1)
+                    metric.update(seen.argmax(0), truth)
+                    terms.append(view_agreement(seen, big(prob)).tolist())
+        means = [sum(column) / 16 for column in zip(*terms)]
+        assert [meters[f"{k}_{when}"] for k in ("entropy_gap", "cross_entropy", "agreement")] == pytest.approx(means, abs=1e-4)
+        assert meters[f"enlarged_miou_{when}"] == pytest.approx(100 * metric.mean(metric.present()), abs=0.05)
+    assert meters["enlarged_miou_before"] != meters["enlarged_miou_after"]
+
+
+def test_fcn8s_has_faster_biases_and_keeps_them(play):
+    folder, trace = play("--backbone", "vgg16-fcn8s", "--optimizer", "adam", "--head-lr", 1)
+    optimizer = trace.of("faster_biases")[0]["optimizer"]
+    assert optimizer is trace.of("make_optimizer")[1]["result"] and isinstance(optimizer, torch.optim.Adam)
+    rates = {(p.ndim, group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    last = lines(folder, "adapt")[-1]["lr"]
+    assert rates == {(4, last), (1, 2 * last)} and all(g["betas"] == (0.9, 0.99) for g in optimizer.param_groups)
+    play(out="other")
+    assert not play.trace.of("faster_biases")
+
+
+@pytest.mark.parametrize("policy, flags, calls", [
+    ("live", ["--iterations", 4], 2), ("live", ["--iterations", 0, "--epochs", 1], 3), ("target", ["--iterations", 4], 3),
+    ("target", ["--iterations", 0, "--epochs", 1, "--view", "both"], 2)])
+def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, policy, flags, calls):
+    """Every session gets as far as so many labellings and steps and dies before the next one; the last one ends the run."""
+    arguments = [*flags, "--batch-norm", policy, "--optimizer", "adamw", "--save-every", 1]
+    whole, _ = play(*arguments, out="whole")
+    left = 0
+
+    class Cut(Exception):
+        pass
+
+    def limited(real):
+        def wrapper(*given):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Cut
+            return real(*given)
+        return wrapper
+
+    for name in ("step_losses", "label_target"):
+        monkeypatch.setattr(scale_invariant, name, limited(getattr(scale_invariant, name)))
+    for session in range(60):
+        left = calls
+        try:
+            play(*arguments, *["--resume"] * (session > 0), out="cut")
+            break
+        except Cut:
+            pass
+    assert session >= 1
+    for name in ("source_only.pt", "last.pt"):
+        assert same_weights(whole / name, whole.parent / "cut" / name)
+    assert result(whole)["meters"] == result(whole.parent / "cut")["meters"]
+
+
+def test_a_portion_that_selects_nothing_is_refused_before_any_training(play, monkeypatch):
+    with pytest.raises(common.InputError, match="12 target images.*give --portion 1.584 or more"):  # 19 / 12, rounded up
+        play("--portion", 1.583)
+    assert not play.trace  # neither warm-up nor --init
+    folder, trace = play("--portion", 1.584, "--portion-step", 0)  # the advice, in the same folder
+    assert [told["portion"] for told in (lines(folder, f"round {r}")[0] for r in (1, 2))] == [1.584, 1.584]
+    # Where the classes that are predicted are known, and no class is predicted often enough.
+    confidence = torch.full((12, 16), math.nan, dtype=torch.float64)
+    confidence[:5, 3] = confidence[4:9, 2] = 0.5
+    monkeypatch.setattr(scale_invariant, "rank_target", lambda *_: (confidence, confidence))
+    with pytest.raises(common.InputError, match="round 1: no class is predicted in more than 5 images.*--portion 3.8 or more"):
+        play("--portion", 3.7, out="rare")
+    monkeypatch.setattr(scale_invariant, "rank_target", lambda *_: (confidence, 0 * confidence))
+    with pytest.raises(common.InputError, match="round 1: .* leaves no labelled pixel"):
+        play("--portion", 3.8, out="empty")
+
+
+@pytest.mark.parametrize("flags", [["--size", "24x64", "--crop", "16x16"], ["--lr", "nan"], ["--lr", 0], ["--gamma", -1], ["--beta", "inf"],
+                                   ["--portion", 0], ["--portion-step", -0.1], ["--patches", 0], ["--epochs", 0], ["--rounds", 0],
+                                   ["--iterations", -1], ["--view", "half"], ["--focal", "no"], ["--mask-mode", "none"]])
+def test_nonsense_is_refused(play, capsys, flags):
+    with pytest.raises(SystemExit):
+        play(*flags)
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------ the script ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -401,70 +890,24 @@ def uninterrupted(tmp_path_factory):
     return folder / "runs/scale_invariant-toy-s0"
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_one_command_runs_all_stages(uninterrupted):
     assert {"args.json", "log.jsonl", "source_only.pt", "last.pt", "panel.png", "result.json"} <= {p.name for p in uninterrupted.iterdir()}
     assert list(result(uninterrupted)["columns"]) == ["source only", "+ BN target", "LSE"]
     out = (uninterrupted.parent.parent / "out.txt").read_text()
-    assert "source only" in out and "LSE" in out and "motorcycle" in out
+    assert "source only" in out and "LSE" in out and "motorcycle" in out and "enlarged_miou_after" in out
     rounds = [line for line in lines(uninterrupted) if "round" in line["stage"]]
     assert [r["portion"] for r in rounds] == [1.0, 1.5]  # LSE-13
-    assert all(0 < r["kept"] < 1 and 0 <= r["accuracy"] <= 1 and math.isfinite(r["entropy_gap"]) for r in rounds)  # P12
-    assert all(r["patches"] == 2 * r["images"] and 0 < r["images"] <= 24 for r in rounds)  # P4: no image too many
+    assert all(0 < r["kept"] < 1 and 0 <= r["accuracy"] <= 1 and r["cross_entropy"] > 0 for r in rounds)  # P12
+    assert all(r["examples"] == 2 * r["images"] and 0 < r["images"] <= 24 for r in rounds)  # P4: no image too many
     for r, logged_round in enumerate(rounds):
         folder = uninterrupted / f"pseudo_labels/round{r + 1}"
-        state, files = json.loads((folder / "round.json").read_text()), sorted(folder.glob("*.png"))
-        assert len(files) == len(state["patches"]) == logged_round["patches"] and len({tuple(p[:2]) for p in state["patches"]}) == len(files)
-        assert common.read_label(files[0]).shape == (32, 64) and len(state["thresholds"]) == 16
-        shares = [(common.read_label(file) != 255).mean() for file in files]
-        assert sum(shares) / len(shares) == pytest.approx(logged_round["kept"])
-    steps = [line for line in lines(uninterrupted) if line["stage"] == "adapt"]
+        files = sorted(folder.glob("*.png"))
+        assert len(files) == logged_round["examples"] and common.read_label(files[0]).shape == (32, 64)
+    steps = lines(uninterrupted, "adapt")
     assert [line["step"] for line in steps] == ["1/4", "2/4", "3/4", "4/4"] and all(line["focal"] > 0 for line in steps)
     for line in steps:
         assert line["loss"] == pytest.approx(line["ce_s"] + line["ce_t"] + 0.1 * line["focal"], rel=1e-5)  # LSE-4
     assert Image.open(uninterrupted / "panel.png").width > 4 * 300  # image | truth | source only | LSE
-
-
-def test_written_labels_are_those_of_the_equations(tmp_path, start):
-    """Ranking, thresholds and labels of a round again, image by image, with loops over the classes."""
-    run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--iterations", 1, "--rounds", 1, "--freeze-bn", "--precision", "fp32",
-        "--out", "run")
-    folder = tmp_path / "run/pseudo_labels/round1"
-    state = json.loads((folder / "round.json").read_text())
-    model = common.unpack_model(common.read_checkpoint(start), start).eval()
-    images = common.ToyStreets("target", "train", (32, 64), images=24)
-    probs = [common.predict(model, images[i]["image"][None], (32, 64))[0] for i in range(24)]
-    lists = []
-    for c in range(16):
-        shown = [(prob.amax(0)[prob.argmax(0) == c].mean().item(), i) for i, prob in enumerate(probs) if (prob.argmax(0) == c).any()]
-        lists.append([i for _, i in sorted(shown)[::-1]])
-    kept = {i for images in lists for i in images[:int(len(images) / 19)]}
-    assert sorted(kept) == sorted({p[0] for p in state["patches"]}) and len(kept) > 0
-    assert state["references"] == [images[int(len(images) / 19)] if images else -1 for images in lists]
-    gaps = []
-    entropy_of = lambda prob: -(prob * (prob + 1e-12).log()).sum(0).mean().item()
-    for index, n, y, x in state["patches"]:
-        if n == 0:  # P12: the enlarged patch predicted, against the whole image's prediction enlarged
-            patch = F.interpolate(images[index]["image"][None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)
-            there = F.interpolate(probs[index][None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)[0]
-            gaps.append(entropy_of(common.predict(model, patch, (32, 64))[0]) - entropy_of(there))
-    assert next(line for line in lines(tmp_path / "run") if "entropy_gap" in line)["entropy_gap"] == pytest.approx(
-        sum(gaps) / len(gaps), abs=2e-4)
-    for index, n, y, x in state["patches"][:6]:
-        prob, label = probs[index], probs[index].argmax(0)
-        entropy, keep = -(prob * prob.log()).sum(0), torch.zeros(32, 64, dtype=torch.bool)
-        for c in label.unique().tolist():
-            mine = entropy[label == c]
-            scaled = (mine - mine.min()) / (mine.max() - mine.min()).clamp(min=1e-9)
-            keep[label == c] = scaled < state["thresholds"][c]
-        up = F.interpolate(prob[None, :, y:y + 16, x:x + 32], scale_factor=2, mode="bilinear", align_corners=True)[0].argmax(0)
-        mask = keep[y:y + 16, x:x + 32].repeat_interleave(2, 0).repeat_interleave(2, 1)
-        stored = torch.from_numpy(common.read_label(folder / f"{images[index]['name']}_{n}.png")).long()
-        agree = (stored == torch.where(mask, up, 255)).double().mean().item()
-        assert agree > 0.995  # the batch of the script and the single images here round differently
 
 
 def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uninterrupted):
@@ -485,69 +928,43 @@ def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, unint
         assert same_weights(tmp_path / "cut" / name, uninterrupted / name)
 
 
-def test_ctrl_c_and_resume_with_epochs(tmp_path, start):
-    """Without --iterations a round lasts --epochs over its patches, which a resumed run must find again."""
-    arguments = ["scale_invariant.py", *FEW, "--init", start, "--iterations", 0, "--epochs", 1, "--portion", 0.8, "--portion-step", 0.8,
-                 "--patches", 4, "--ramp", 0]
-    run(tmp_path, *arguments, "--out", "whole")
-    code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", "round 2", 1), *arguments, "--out", "cut", with_signal=signal.SIGINT)
-    assert code == 1 and "--resume" in errors and "Traceback" not in errors
-    run(tmp_path, *arguments, "--out", "cut", "--resume")
-    assert same_weights(tmp_path / "whole/last.pt", tmp_path / "cut/last.pt")
-    log = lines(tmp_path / "whole")
-    rounds, steps = ([line for line in log if name in line["stage"]] for name in ("round", "adapt"))
-    one, both = rounds[0]["patches"] // 2, (rounds[0]["patches"] + rounds[1]["patches"]) // 2  # two patches per step
-    assert [line["step"] for line in steps] == [f"{i}/{one}" for i in range(1, one + 1)] + [f"{i}/{both}" for i in range(one + 1, both + 1)]
-    assert one > 1 and steps[0]["lr"] == steps[one]["lr"] > steps[one - 1]["lr"]  # the poly decay starts anew in each round
-
-
-@pytest.mark.parametrize("flags", [
-    ["--mask-mode", "dilate", "--focal", "mean", "--rank", "global", "--gamma", 5, "--freeze-bn", "--precision", "bf16"],
-    ["--scale", 1, "--focal", "off", "--no-augment", "--optimizer", "adam"]])
-def test_every_alternative_runs(tmp_path, start, flags):
-    run(tmp_path, "scale_invariant.py", *FEW, "--iterations", 1, "--rounds", 1, "--init", start, *flags, "--out", "run")
-    log = lines(tmp_path / "run")
-    assert ("focal" in log[-1]) == ("off" not in flags)
-    state = json.loads((tmp_path / "run/pseudo_labels/round1/round.json").read_text())
-    if "--scale" in flags:
-        assert {tuple(p[2:]) for p in state["patches"]} == {(0, 0)} and log[0]["entropy_gap"] == pytest.approx(0, abs=1e-6)
-    if "mean" in flags:
-        assert log[-1]["focal"] == pytest.approx((1 - math.exp(-log[-1]["ce_t"])) ** 5 * log[-1]["ce_t"], rel=1e-4)
-
-
-def test_real_formats_from_start_to_end(tmp_path):
-    write_synthia(tmp_path)
-    write_gta5(tmp_path)
+@pytest.mark.parametrize("source, classes", [("synthia", 16), ("gta5", 19)])
+def test_real_formats_from_start_to_end(play, tmp_path, source, classes):
+    {"synthia": write_synthia, "gta5": write_gta5}[source](tmp_path)
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    for source, classes in (("synthia", 16), ("gta5", 19)):
-        run(tmp_path, "scale_invariant.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
-            "--workers", 1, *FEW, "--iterations", 2, "--portion", 4)
-        scores = result(tmp_path / f"runs/scale_invariant-{source}-s0")
-        assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
+    folder, _ = play("--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
+                     "--workers", 1, "--iterations", 2, "--batch-norm", "live")
+    scores = result(folder)
+    assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
+    assert "accuracy" not in lines(folder, "round 1")[0] and scores["meters"]["enlarged_miou_after"] >= 0
 
 
 def test_bad_input_is_one_line(tmp_path, start):
     message = run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--portion", 0.1, "--out", "none", ok=False)
-    assert "0.792 or more" in message  # 19 / 24, rounded up
-    run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--portion", 0.792, "--out", "advised")
+    assert "24 target images" in message and "0.792 or more" in message  # 19 / 24, rounded up
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
-    real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW]
+    real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW, "--portion", 4]
     message = run(tmp_path, "scale_invariant.py", *real, "--init", start, ok=False)
-    assert "last.pt" in message and "16 classes" in message and "19" in message
+    assert "last.pt" in message and "--source toy" in message and "--source gta5" in message
 
 
 def test_two_processes_share_one_run(tmp_path, start):
-    """Ranking, thresholds and labels are those of all images, the batch is split."""
+    """Ranking, thresholds, labels and meters are those of all images, the batch is split."""
     arguments = [*FEW, *SPLITTABLE, "--init", start, "--rounds", 1, "--lr", 0.02, "--ramp", 0]
     run(tmp_path, "scale_invariant.py", *arguments, "--out", "one")
     run_as_two(tmp_path, "scale_invariant.py", *arguments, "--out", "two")
     assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
-    logs = [lines(tmp_path / name) for name in ("one", "two")]
-    for key, tolerance in (("images", 0), ("kept", 0.02), ("entropy_gap", 1e-3), ("accuracy", 0.02)):
-        assert logs[0][0][key] == pytest.approx(logs[1][0][key], abs=tolerance)
-    states = [json.loads((tmp_path / name / "pseudo_labels/round1/round.json").read_text()) for name in ("one", "two")]
-    assert states[0]["patches"] == states[1]["patches"]
-    assert len(list((tmp_path / "two/pseudo_labels/round1").glob("*.png"))) == len(states[1]["patches"])
+    one, two = tmp_path / "one", tmp_path / "two"
+    for key, tolerance in (("images", 0), ("kept", 0.02), ("entropy_gap", 1e-3), ("cross_entropy", 1e-3), ("agreement", 1e-2),
+                           ("accuracy", 0.02)):
+        assert lines(one, "round 1")[0][key] == pytest.approx(lines(two, "round 1")[0][key], abs=tolerance), key
+    for key in ("references", "examples"):
+        assert round_state(one, 1)[key] == round_state(two, 1)[key]
+    assert round_state(one, 1)["thresholds"] == pytest.approx(round_state(two, 1)["thresholds"], abs=1e-3)
+    assert len(list((two / "pseudo_labels/round1").glob("*.png"))) == len(round_state(two, 1)["examples"])
+    for name, value in result(one)["meters"].items():
+        if name.endswith("before"):  # of the same network
+            assert value == pytest.approx(result(two)["meters"][name], abs=0.02), name

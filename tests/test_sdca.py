@@ -1,10 +1,11 @@
-"""sdca.py: every equation against an independent computation, its gradient routing and its degenerate cases.
+"""sdca.py: every equation against an independent computation, every wire of a training step and of main().
 
-Property names such as P5 count through section "checkable properties" of the project's notes on SDCA; the reference values
-are loops, closed forms, quadrature or hand values in float64.
+Property names such as P5 count through section "checkable properties" of the project's notes on SDCA; the reference
+values are loops, closed forms, quadrature or hand values in float64.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import SPLITTABLE, TINY, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
 import sdca
-from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contrastive_bound, cosines,
+from sdca import (ClassStatistics, class_thresholds, confidence_histogram, contrastive_bound, cosines, falling_order,
                   lovasz_softmax, online_labels, pseudo_labels, source_loss)
 
 C, D = 19, 32
@@ -61,7 +63,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-# --------------------------------------------------- class statistics ---------------------------------------------------
+# ------------------------------------------------- class statistics -------------------------------------------------
 
 
 def stream(seed=0):
@@ -94,7 +96,7 @@ def test_statistics_carry_no_graph():
 
 
 def test_statistics_of_three_processes_are_pooled_exactly(monkeypatch):
-    """Three threads stand for three processes of 1, 40 and 300 pixels; their sum over processes waits until all have come."""
+    """Three threads are processes of 1, 40 and 300 pixels; their sum over processes waits until all have come."""
     barrier, given = threading.Barrier(3), {}
 
     def all_sum(tensor):
@@ -106,11 +108,18 @@ def test_statistics_of_three_processes_are_pooled_exactly(monkeypatch):
 
     monkeypatch.setattr(common, "all_sum", all_sum)
     batches = stream()[:3]
-    parts = [collected([batch]) for batch in batches]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(ClassStatistics.merge_processes, parts))
-    for part in parts:
-        assert_same(part, collected(batches))
+        everybody = list(pool.map(sdca.pooled, [collected([batch]) for batch in batches]))
+    for statistics in everybody:
+        assert_same(statistics, collected(batches))
+
+
+def test_one_process_pools_its_own():
+    statistics = collected(stream())
+    everybody = sdca.pooled(statistics)
+    assert_same(everybody, statistics, atol=0)
+    everybody.count += 1
+    assert not torch.equal(everybody.count, statistics.count)  # a copy
 
 
 def test_streamed_statistics_are_those_of_all_pixels():  # P1
@@ -121,7 +130,7 @@ def test_streamed_statistics_are_those_of_all_pixels():  # P1
     for c in range(C):
         mine = features[y == c]
         if c == 7:
-            assert statistics.mean[c].abs().sum() == 0 and statistics.variance[c].abs().sum() == 0 == statistics.count[c]
+            assert not statistics.mean[c].any() and not statistics.variance[c].any() and statistics.count[c] == 0
         else:
             torch.testing.assert_close(statistics.mean[c], mine.mean(0), atol=1e-12, rtol=0)
             torch.testing.assert_close(statistics.variance[c], mine.var(0, correction=0), atol=1e-12, rtol=0)
@@ -197,7 +206,7 @@ def test_no_tensor_has_an_axis_for_pixels_classes_and_dimensions():
     assert largest.elements <= n * D
 
 
-# ------------------------------------------------------- the bound -------------------------------------------------------
+# ---------------------------------------------------- the bound -----------------------------------------------------
 
 
 def by_loop(f, y, mean, variance, tau, full=False):
@@ -215,9 +224,11 @@ def by_loop(f, y, mean, variance, tau, full=False):
 def test_bound_against_a_loop(tau):
     f, y, (mean, variance) = randn(40, D), labels(40), gaussians()
     y[::7] = 255
-    assert raw_bound(0.2 * f, y, mean, variance, tau).item() == pytest.approx(by_loop(0.2 * f, y, mean, variance, tau), abs=1e-12)
+    expected = by_loop(0.2 * f, y, mean, variance, tau)
+    assert raw_bound(0.2 * f, y, mean, variance, tau).item() == pytest.approx(expected, abs=1e-12)
     unit = [F.normalize(t, dim=1) for t in (f, mean, variance)]
-    assert contrastive_bound(f, y, mean, variance, tau).item() == pytest.approx(by_loop(unit[0], y, *unit[1:], tau), abs=1e-12)
+    expected = by_loop(unit[0], y, *unit[1:], tau)
+    assert contrastive_bound(f, y, mean, variance, tau).item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 100.0])  # P3
@@ -237,7 +248,7 @@ def test_zero_covariance_is_the_contrast_of_prototypes():  # P4
 
 
 def expectation(f, y, mean, variance, tau):
-    """SDCA-3 of one pixel by Gauss-Hermite quadrature: the positive enters only through s = f.m+ / tau, a Gaussian scalar."""
+    """SDCA-3 of one pixel by Gauss-Hermite quadrature: the positive enters only through s = f.m+ / tau, a Gaussian."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     nodes, weights = torch.tensor(nodes), torch.tensor(weights / weights.sum())
     linear, quadratic = mean @ f / tau, variance @ f**2 / tau**2  # (C,)
@@ -279,7 +290,8 @@ def test_expectation_is_the_limit_of_drawn_pairs_and_few_negatives_lie_below(): 
     assert few[0] < many[0] < bound + 4 * many[1] and few[0] + 4 * few[1] < bound
 
 
-@pytest.mark.parametrize("tau, zero, ones", [(1.0, 0.3132617, 0.8132617), (0.5, 0.1269280, 2.1269280), (100.0, 0.6881597, 0.6882097)])
+@pytest.mark.parametrize("tau, zero, ones", [
+    (1.0, 0.3132617, 0.8132617), (0.5, 0.1269280, 2.1269280), (100.0, 0.6881597, 0.6882097)])
 def test_hand_values(tau, zero, ones):  # P6
     f, y, mean = torch.tensor([[1.0, 0]], dtype=torch.float64), torch.tensor([0]), torch.eye(2, dtype=torch.float64)
     assert raw_bound(f, y, mean, torch.zeros(2, 2), tau).item() == pytest.approx(zero, abs=1e-7)
@@ -330,12 +342,13 @@ def test_range_at_the_authors_temperature():  # P9, SDCA-12
 
 
 def test_bound_is_almost_linear_at_the_authors_temperature():  # SDCA-12
-    """Near its own class mean a pixel's linear term is large; what is left falls with 1 / tau^2, whatever the covariance."""
+    """Near its own class mean a pixel's linear term is large; what is left falls with 1 / tau^2, for any covariance."""
     (mean, variance), y = gaussians(), labels(100)
     f = mean[y] + 0.1 * randn(100, D)
     unit, mu = F.normalize(f, dim=1), F.normalize(mean, dim=1)
     term = (unit * (mu[y] - mu.mean(0))).sum(1).mean().item()
-    rest = {tau: contrastive_bound(f, y, mean, variance, tau).item() - math.log(C) + term / tau for tau in (100.0, 200.0)}
+    rest = {tau: contrastive_bound(f, y, mean, variance, tau).item() - math.log(C) + term / tau
+            for tau in (100.0, 200.0)}
     assert term / 100 > 5e-3 and abs(rest[100.0]) < 2e-4
     assert rest[100.0] / rest[200.0] == pytest.approx(4, rel=0.05)
 
@@ -403,11 +416,7 @@ def test_cosines():
     assert not value[0].requires_grad
 
 
-def test_masked_mean():
-    assert common.masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, False, True])).item() == 5
-
-
-# ------------------------------------------------------ Lovasz-softmax ------------------------------------------------------
+# -------------------------------------------------- Lovasz-softmax --------------------------------------------------
 
 
 def lovasz_by_sets(prob, label):
@@ -435,6 +444,34 @@ def test_lovasz_against_the_definition():
     label[:, 1] = 255
     assert lovasz_softmax(prob, label).item() == pytest.approx(lovasz_by_sets(prob, label), abs=1e-12)
     assert lovasz_softmax(prob.float(), label).item() == pytest.approx(lovasz_by_sets(prob, label), abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 19, 129, 150, 254])
+def test_lovasz_for_any_number_of_classes(classes):
+    """Many classes, few pixels: about half of the classes do not occur."""
+    n = max(classes // 2, 40)
+    prob, label = randn(1, classes, 4, n // 4, seed=3).mul(3).softmax(1), labels(n // 4 * 4, classes=classes)
+    label = label.view(1, 4, -1)
+    label[0, 0, ::3] = 255
+    assert lovasz_softmax(prob, label).item() == pytest.approx(lovasz_by_sets(prob, label), abs=1e-12)
+    assert lovasz_softmax(prob.float(), label).item() == pytest.approx(lovasz_by_sets(prob, label), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_falling_order(dtype):
+    values = torch.cat([randn(500).abs(), randn(500, seed=1).abs() * 1e-30, torch.tensor([0, 0, 1, 1])]).to(dtype)
+    order = falling_order(values)
+    assert torch.equal(values[order], values.sort(descending=True).values)
+    assert torch.equal(order.sort().values, torch.arange(len(values)))
+
+
+def test_lovasz_of_very_many_pixels_does_not_round():
+    """A million pixels in float32: the growth of 1 - J from one to the next would have an error of its own size."""
+    n = 2**20
+    label = (torch.arange(n) % 2).view(1, 1, n)
+    wrong = torch.rand(1, 1, n, generator=torch.Generator().manual_seed(0))
+    prob = torch.stack([torch.where(label == 0, 1 - wrong, wrong), torch.where(label == 0, wrong, 1 - wrong)], 1)
+    assert lovasz_softmax(prob, label).item() == pytest.approx(lovasz_softmax(prob.double(), label).item(), rel=1e-6)
 
 
 def test_lovasz_of_hard_predictions_is_one_minus_iou():
@@ -487,18 +524,13 @@ def test_source_loss():  # SDCA-1
     assert source_loss(logits, void, 0.75).item() == 0
 
 
-# ------------------------------------------------ labels on grid and target ------------------------------------------------
-
-
-def test_grid_takes_the_top_left_pixel_of_each_cell():  # P12
-    label = torch.randint(0, 256, (1, 720, 1280), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(common.grid_labels(label, (90, 160)), label[:, ::8, ::8])
+# ----------------------------------------------- labels of the target -----------------------------------------------
 
 
 def test_online_labels():  # P10
-    logits = torch.tensor([[math.log(9.0), 0.0], [math.log(8.0), 0.0], [0.0, math.log(99.0)], [0.0, 0.0]]).T.view(1, 2, 1, 4)
+    logits = torch.tensor([[9.0, 1.0], [8.0, 1.0], [1.0, 99.0], [1.0, 1.0]]).log().T.view(1, 2, 1, 4)
     assert online_labels(logits, 0.89).flatten().tolist() == [0, 255, 1, 255]
-    assert online_labels(10 * torch.ones(1, 2, 1, 1), 0.9).item() == 255  # large logits, no confidence: softmax comes first
+    assert online_labels(10 * torch.ones(1, 2, 1, 1), 0.9).item() == 255  # large logits, but unsure: softmax first
     assert online_labels(torch.zeros(1, 2, 1, 1), 0.5).item() == 0  # exactly delta is kept
     assert online_labels(logits, 1.1).eq(255).all() and not online_labels(logits.requires_grad_(), 0.5).requires_grad
     assert online_labels(logits.bfloat16(), 0.5).shape == (1, 1, 4)
@@ -518,11 +550,12 @@ def test_thresholds_are_medians_to_the_bin():  # SDCA-14
         assert ((pseudo_labels(prob, theta) == c).sum() >= (label == c).sum() // 2)
     capped = class_thresholds(histogram, maximum=0.76)
     torch.testing.assert_close(capped, theta.clamp(max=0.76))
-    torch.testing.assert_close(class_thresholds(torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]])), torch.tensor([0.9]))
+    torch.testing.assert_close(class_thresholds(torch.tensor([15 * [0] + [9]])), torch.tensor([0.9]))
     assert (capped < theta).any() and (capped[:5] == theta[:5]).any()
 
 
-@pytest.mark.parametrize("values, expected", [([], 0), ([0.5], 0.5), ([0.25, 0.5], 0.5), ([0.25, 0.5, 0.75], 0.75), ([1.0, 1.0], 1 - 2**-14)])
+@pytest.mark.parametrize("values, expected", [
+    ([], 0), ([0.5], 0.5), ([0.25, 0.5], 0.5), ([0.25, 0.5, 0.75], 0.75), ([1.0, 1.0], 1 - 2**-14)])
 def test_thresholds_of_tiny_sets(values, expected):
     """Element number round(n / 2), halves to even, counted from 0; a confidence of 1 falls into the last bin."""
     prob = torch.tensor([values, [0.0] * len(values)]).view(1, 2, 1, len(values))
@@ -539,25 +572,201 @@ def test_a_huge_histogram_does_not_round():
 
 def test_pseudo_labels():
     prob = torch.tensor([[0.6, 0.4], [0.59, 0.41], [0.2, 0.8], [0.05, 0.95]]).T.view(1, 2, 1, 4)
-    assert pseudo_labels(prob, torch.tensor([0.6, 0.9])).flatten().tolist() == [0, 255, 255, 1]  # at the threshold: kept
+    assert pseudo_labels(prob, torch.tensor([0.6, 0.9])).flatten().tolist() == [0, 255, 255, 1]  # at it: kept
     assert torch.equal(pseudo_labels(prob, torch.zeros(2)), prob.argmax(1))
 
 
-# ------------------------------------------------------- the training -------------------------------------------------------
+# ------------------------------------------------- one training step -------------------------------------------------
+
+SETTINGS = {"tau": 0.5, "delta": 0.3, "lambda_lov": 0.75, "lambda_feat": 0.3, "lambda_out": 2.0, "covariance": True,
+            "raw_statistics": False, "precision": "fp32", "device": "cpu"}
+TERMS = ("sup", "feat_s", "feat_t", "out_s", "out_t")
 
 
-def test_gradients_go_where_they_should():
-    """The feature level trains the backbone alone, the output level backbone and classifier; target pixels take part."""
-    model = common.DeepLabV2(5, "resnet18")
-    x = torch.randn(2, 3, 32, 64)
-    for level in (0, 1):
-        model.zero_grad()
-        maps = model(x)[level]
-        y = online_labels(model(x)[1], 0.0).flatten()
-        r = sdca.representations(maps, argparse.Namespace(raw_statistics=False))
-        contrastive_bound(r, y, *gaussians(5, r.shape[1])).backward()
-        assert model.backbone[0].weight.grad.abs().sum() > 0
-        assert [branch.weight.grad is not None for branch in model.classifier] == [level == 1] * 4
+class Tiny(nn.Module):
+    """A network of two convolutions, 5 classes, 6 features behind a ReLU, stride 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 6, 9, stride=8, padding=4)
+        self.classifier = nn.Conv2d(6, 5, 1)
+        for parameter, seed in zip(self.parameters(), range(4)):
+            parameter.data = 0.3 * randn(*parameter.shape, seed=seed).float()
+
+    def forward(self, images):
+        features = self.backbone(images).relu()
+        return features, self.classifier(features)
+
+
+class Step:
+    """Everything that enters one step, the same every time; fields may be changed before `losses` is asked for."""
+
+    def __init__(self, **settings):
+        self.args = argparse.Namespace(**{**SETTINGS, **settings})
+        self.network = Tiny()
+        self.x_s, self.x_t = (randn(2, 3, 32, 64, seed=s).float().requires_grad_() for s in (11, 12))
+        self.y_s = labels(2 * 32 * 64, seed=13, classes=5).view(2, 32, 64)
+        self.y_s[:, :, :20] = 255
+        self.earlier = {"feat": randn(200, 6, seed=14).abs().float(), "out": randn(200, 5, seed=15).float()}
+        self.earlier_labels = labels(200, seed=16, classes=5)
+        self.statistics = {}
+        for level, r in self.earlier.items():
+            self.statistics[level] = ClassStatistics(5, r.shape[1])
+            self.statistics[level].update(F.normalize(r, dim=1) if settings.get("raw_statistics") else r,
+                                          self.earlier_labels)
+
+    def losses(self):
+        return sdca.step_losses(self.network, self.statistics, self.x_s, self.y_s, self.x_t, self.args)
+
+    def pixels(self):
+        """{level: (r_s, r_t)} and the labels y_s, y_t of the grid's pixels, computed pixel by pixel."""
+        (features_s, logits_s), (features_t, logits_t) = self.network(self.x_s), self.network(self.x_t)
+        flat = [[maps[i, :, j, k] for i in range(2) for j in range(4) for k in range(8)]
+                for maps in (features_s, logits_s, features_t, logits_t)]
+        f_s, o_s, f_t, o_t = (torch.stack(rows).double().detach() for rows in flat)
+        y_s = common.grid_labels(self.y_s, (4, 8)).reshape(-1)
+        prob = o_t.softmax(1)
+        y_t = torch.tensor([row.argmax().item() if row.max() >= self.args.delta else 255 for row in prob])
+        if self.args.raw_statistics:
+            f_s, o_s, f_t, o_t = (r / r.norm(dim=1, keepdim=True).clamp(min=1e-12) for r in (f_s, o_s, f_t, o_t))
+        return {"feat": (f_s, f_t), "out": (o_s, o_t)}, y_s, y_t
+
+    def moments(self, level, r_s, y_s):
+        """Mean and variance of each class over all source pixels so far, this batch included."""
+        earlier = self.earlier[level].double()
+        if self.args.raw_statistics:
+            earlier = earlier / earlier.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        r, y = torch.cat([earlier, r_s]), torch.cat([self.earlier_labels, y_s])
+        return (torch.stack([r[y == k].mean(0) for k in range(5)]),
+                torch.stack([r[y == k].var(0, correction=0) for k in range(5)]), [(y == k).sum() for k in range(5)])
+
+    def expected(self):
+        """{term: value} of the bounds and cosines, independent of the functions under test."""
+        levels, y_s, y_t = self.pixels()
+        assert 0 < (y_t != 255).sum() < len(y_t)  # some are confident, some are not
+        values = {"kept": (y_t != 255).double().mean().item()}
+        for level, (r_s, r_t) in levels.items():
+            mean, variance, _ = self.moments(level, r_s, y_s)
+            if not self.args.covariance:
+                variance = torch.zeros_like(variance)
+            unit = (lambda t: t) if self.args.raw_statistics else lambda t: F.normalize(t, dim=1)
+            for name, r, y in (("s", r_s, y_s), ("t", r_t, y_t)):
+                values[f"{level}_{name}"] = by_loop(unit(r), y, unit(mean), unit(variance), self.args.tau)
+            cosine = F.normalize(r_t, dim=1) @ F.normalize(mean, dim=1).T
+            sure = (y_t != 255).nonzero()[:, 0].tolist()
+            values[f"own_{level}"] = np.mean([cosine[i, y_t[i]].item() for i in sure])
+            others = [max(cosine[i, k].item() for k in range(5) if k != y_t[i]) for i in sure]
+            values[f"other_{level}"] = np.mean(others)
+        return values
+
+
+@pytest.mark.parametrize("settings", [{}, {"covariance": False}, {"raw_statistics": True}, {"tau": 0.2, "delta": 0.5},
+                                      {"raw_statistics": True, "covariance": False}])
+def test_every_term_of_a_step_equals_its_independent_value(settings):  # SDCA-1, -7 to -10, -13
+    step = Step(**settings)
+    losses, expected = step.losses(), step.expected()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=2e-5, abs=2e-6), name
+    up = common.upsample(step.network(step.x_s)[1], (32, 64))
+    sup = F.cross_entropy(up, step.y_s, ignore_index=255).item()
+    sup += 0.75 * lovasz_softmax(up.softmax(1), step.y_s).item()
+    assert losses["sup"].item() == pytest.approx(sup, rel=1e-5)
+    total = (sup + 0.3 * (expected["feat_s"] + expected["feat_t"]) + 2 * (expected["out_s"] + expected["out_t"]))
+    assert losses["loss"].item() == pytest.approx(total, rel=2e-5)  # SDCA-9
+    assert set(losses) == {*expected, "sup", "loss"}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_step_adds_its_source_pixels_to_the_statistics_and_nothing_else(raw):  # SDCA-10
+    step = Step(raw_statistics=raw)
+    step.losses()
+    levels, y_s, _ = step.pixels()
+    for level, (r_s, _) in levels.items():
+        mean, variance, count = step.moments(level, r_s, y_s)
+        statistics = step.statistics[level]
+        assert statistics.count.tolist() == count and not statistics.mean.requires_grad
+        torch.testing.assert_close(statistics.mean, mean, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(statistics.variance, variance, atol=1e-6, rtol=1e-5)
+
+
+# term: does its gradient reach the source image, the target image, the backbone, the classifier?
+ROUTES = {"sup": (True, False, True, True), "feat_s": (True, False, True, False), "feat_t": (False, True, True, False),
+          "out_s": (True, False, True, True), "out_t": (False, True, True, True), "loss": (True, True, True, True)}
+
+
+@pytest.mark.parametrize("term", ROUTES)
+def test_each_term_reaches_the_weights_that_it_should(term):
+    step = Step()
+    step.losses()[term].backward()
+    reached = [t.grad is not None and t.grad.abs().sum().item() > 0 for t in (
+        step.x_s, step.x_t, step.network.backbone.weight, step.network.classifier.weight)]
+    assert tuple(reached) == ROUTES[term]
+
+
+def gradients(settings, coefficients):
+    """Gradient of each weight, of the sum of some terms with coefficients."""
+    step = Step(**settings)
+    losses = step.losses()
+    sum(c * losses[term] for term, c in coefficients.items()).backward()
+    return [parameter.grad for parameter in step.network.parameters()]
+
+
+@pytest.mark.parametrize("feat, out", [(0.3, 2.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_the_total_pulls_with_the_weights_of_its_terms(feat, out):  # SDCA-9
+    total = gradients({"lambda_feat": feat, "lambda_out": out}, {"loss": 1})
+    parts = gradients({}, {"sup": 1, "feat_s": feat, "feat_t": feat, "out_s": out, "out_t": out})
+    for one, other in zip(total, parts):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flag, value, changed", [
+    ("tau", 1.0, {"feat_s", "feat_t", "out_s", "out_t", "loss"}), ("lambda_lov", 0.0, {"sup", "loss"}),
+    ("delta", 0.5, {"feat_t", "out_t", "kept", "own_feat", "other_feat", "own_out", "other_out", "loss"}),
+    ("lambda_feat", 0.0, {"loss"}), ("lambda_out", 0.0, {"loss"}),
+    ("covariance", False, {"feat_s", "feat_t", "out_s", "out_t", "loss"}),
+    ("raw_statistics", True, {"feat_s", "feat_t", "out_s", "out_t", "own_feat", "other_feat", "own_out", "other_out",
+                              "loss"})])
+def test_each_flag_changes_what_it_says(flag, value, changed):
+    usual, other = Step().losses(), Step(**{flag: value}).losses()
+    assert {name for name in usual if usual[name].item() != other[name].item()} == changed
+
+
+def test_a_step_without_a_confident_target_pixel_or_a_source_label():
+    step = Step(delta=2.0)
+    step.y_s[:] = 255
+    losses = step.losses()
+    losses["loss"].backward()
+    assert all(losses[term].item() == 0 for term in (*TERMS, "loss", "kept", "own_out"))
+    assert all(not parameter.grad.any() for parameter in step.network.parameters())  # zeros, connected
+    assert step.statistics["feat"].count.tolist() == torch.bincount(step.earlier_labels, minlength=5).tolist()
+
+
+def test_bf16_rounds_the_network_and_no_loss():
+    step, exact = Step(precision="bf16").losses(), Step().losses()
+    for name in (*TERMS, "loss"):
+        assert step[name].dtype == torch.float32 and step[name].item() == pytest.approx(exact[name].item(), rel=0.05)
+    assert any(step[name].item() != exact[name].item() for name in TERMS)
+
+
+def test_the_two_networks_of_a_task_fit_the_step():
+    """DeepLabV2 itself: the feature level trains the backbone alone, the output level backbone and classifier."""
+    for term, classifier in (("feat_t", False), ("out_t", True)):
+        step = Step(delta=0.0)
+        step.network = common.DeepLabV2(5, "resnet18")
+        step.statistics = {"feat": ClassStatistics(5, 512), "out": ClassStatistics(5, 5)}
+        step.losses()[term].backward()
+        assert step.network.backbone[0].weight.grad.abs().sum() > 0
+        assert [branch.weight.grad is not None for branch in step.network.classifier] == [classifier] * 4
+
+
+def test_source_loss():  # SDCA-1
+    logits, label = randn(2, C, 5, 6).float(), labels(2 * 32 * 40).view(2, 32, 40)
+    label[:, :3] = 255
+    up = F.interpolate(logits, (32, 40), mode="bilinear", align_corners=True)
+    expected = F.cross_entropy(up, label, ignore_index=255) + 0.75 * lovasz_softmax(up.softmax(1), label)
+    torch.testing.assert_close(source_loss(logits, label, 0.75), expected)
+    torch.testing.assert_close(source_loss(logits, label, 0.0), F.cross_entropy(up, label, ignore_index=255))
+    assert source_loss(logits, torch.full((2, 32, 40), 255), 0.75).item() == 0
 
 
 def test_raw_statistics_are_those_of_normalised_features():
@@ -568,33 +777,317 @@ def test_raw_statistics_are_those_of_normalised_features():
     torch.testing.assert_close(f, F.normalize(maps.float(), dim=1).permute(0, 2, 3, 1).reshape(24, D))
 
 
-def test_a_batch_is_pooled_as_by_update():
-    one, other = collected(stream()), collected(stream())
-    features, y = stream(seed=1)[3]
-    sdca.pool_batch(one, features, y)
-    other.update(features, y)
-    assert_same(one, other, atol=0)
-
-
 def test_schedule_and_the_authors_values(monkeypatch):  # P12
     monkeypatch.setattr(sys, "argv", ["sdca.py", "--source", "gta5"])
     args = sdca.parse_args()
     for base, steps in ((args.lr, args.iterations), (args.ssl_lr, args.ssl_iterations)):
-        assert sdca.adaptation_lr(base, steps + 1, steps, args) == pytest.approx(0.398724 * base, rel=1e-6)  # the factor at STOP
+        assert sdca.adaptation_lr(base, steps + 1, steps, args) == pytest.approx(0.398724 * base, rel=1e-6)  # at STOP
         assert sdca.adaptation_lr(base, steps, steps, args) > 0.398724 * base
         assert sdca.adaptation_lr(base, args.ramp // 2, steps, args) == pytest.approx(0.5 * base, rel=0.02)
     assert (args.lr, args.ssl_lr, args.iterations, args.ssl_iterations) == (2.5e-4, 5e-4, 40000, 20000)
     assert args.iterations * args.horizon == 62500 and args.ssl_iterations * args.horizon == 31250
-    assert (args.tau, args.delta, args.theta, args.lambda_lov, args.lambda_feat, args.lambda_out) == (100, 0.9, 0.9, 0.75, 1, 1)
+    assert (args.tau, args.delta, args.theta, args.lambda_lov) == (100, 0.9, 0.9, 0.75)
+    assert (args.lambda_feat, args.lambda_out) == (1, 1)
     assert args.ssl and args.from_scratch_ssl and args.covariance and not args.raw_statistics
     monkeypatch.setattr(sys, "argv", ["sdca.py"])
     toy = sdca.parse_args()
     assert toy.iterations + toy.ssl_iterations == 240 and not toy.from_scratch_ssl and toy.horizon == 1
 
 
-# -------------------------------------------------------- the script --------------------------------------------------------
+@pytest.mark.parametrize("flag, value", [
+    (flag, value) for flag in ("--tau", "--lr", "--ssl-lr", "--horizon", "--delta", "--theta", "--lambda-lov",
+                               "--lambda-feat", "--lambda-out", "--iterations", "--ssl-iterations")
+    for value in ("nan", "inf", "-1")] + [("--tau", "0"), ("--lr", "0"), ("--horizon", "0.9"), ("--delta", "1.1"),
+                                          ("--theta", "2"), ("--iterations", "1.5")])
+def test_a_number_that_makes_no_sense_is_refused(monkeypatch, capsys, flag, value):
+    monkeypatch.setattr(sys, "argv", ["sdca.py", f"{flag}={value}"])
+    with pytest.raises(SystemExit):
+        sdca.parse_args()
+    assert flag in capsys.readouterr().err
+
+
+# --------------------------------------------- main(), watched at work ----------------------------------------------
 
 FEW = [*TINY, "--warmup-iterations", 2, "--iterations", 3, "--ssl-iterations", 2, "--delta", 0.05]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def watched(folder, start, *flags):
+    """Runs main() on the tiny toy and returns what it did, in order: a list of (what, details)."""
+    events = []
+
+    def note(what, **details):
+        events.append((what, details))
+
+    with pytest.MonkeyPatch.context() as patch:
+        def around(module, name, look):
+            """Calls `look` with the arguments of every call of a function, then the function."""
+            original = getattr(module, name)
+            patch.setattr(module, name, lambda *given, **named: (look(*given, **named), original(*given, **named))[1])
+
+        def step(network, statistics, x_s, y_s, x_t, args):
+            """The real step, of which the total is replaced by the sum of all weights: a gradient of one for each."""
+            model = network.model
+            note("step", x_s=x_s, y_s=y_s, x_t=x_t, statistics=statistics, args=args, before=weights(model),
+                 learning={name for name, p in model.named_parameters() if p.requires_grad})
+            losses = real_step(network, statistics, x_s, y_s, x_t, args)
+            losses["loss"] = sum(p.sum() for p in model.parameters() if p.requires_grad)
+            return losses
+
+        class Distributed:
+            """What common.distribute gives: notes the mode of every forward of training."""
+
+            def __init__(self, model):
+                self.model = model
+
+            def __call__(self, images):
+                note("forward", training=self.model.training, images=images)
+                return self.model(images)
+
+        real_step = sdca.step_losses
+        patch.setattr(sdca, "step_losses", step)
+        patch.setattr(common, "distribute", Distributed)
+        around(common, "settle_batch_norm", lambda model, views, args: note(
+            "settle", domain=views.domain, split=views.split, augmented=views.augment is not None, args=args))
+        around(sdca, "make_optimizer", lambda model, args: note(
+            "optimizer", live=len(common.live_batch_norms(model)), start=weights(model)))
+        around(sdca, "collect_statistics", lambda model, *_: note(
+            "collect", live=len(common.live_batch_norms(model)), start=weights(model)))
+        around(sdca, "target_cosines", lambda model, statistics, args: note(
+            "cosines", start=weights(model), means={level: s.mean for level, s in statistics.items()}))
+        around(sdca, "label_target", lambda model, args, folder: note("label", start=weights(model)))
+        around(sdca, "segmentation_loss", lambda logits, label: note("segmentation", label=label))
+        around(sdca, "train_source", lambda model, dataset, args, run, file, steps, lr, criterion: note(
+            "warm-up", dataset=dataset, file=file, steps=steps, lr=lr, criterion=criterion))
+        patch.setattr(common, "compare_with_source_only", lambda models, args, run, source_model, **meters: note(
+            "compare", models={title: weights(model) for title, model in models.items()}, source=weights(source_model),
+            meters=meters))
+        patch.setattr(common.signal, "signal", lambda *_: None)
+        begin = ["--init", start] if start else []
+        patch.setattr(sys, "argv", ["sdca.py", *map(str, [*FEW, *begin, *flags, "--out", folder])])
+        sdca.main()
+    return events
+
+
+def only(events, what):
+    return [details for name, details in events if name == what]
+
+
+def order(events, *names):
+    return [name for name, _ in events if name in names]
+
+
+SGD = ["--optimizer", "sgd", "--lr", 0.01, "--ssl-lr", 0.004, "--head-lr", 3, "--ramp", 2, "--horizon", 2,
+       "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def main_on_target(tmp_path_factory, start):
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    return folder, watched(folder, start, "--batch-norm", "target", *SGD, "--theta", 0.2)
+
+
+def test_main_settles_batch_norm_before_all_that_depends_on_it(main_on_target):
+    events = main_on_target[1]
+    done = order(events, "settle", "optimizer", "collect", "cosines", "step", "label", "compare")
+    assert done == ["settle", "optimizer", "collect", "settle", "cosines", "step", "step", "step", "settle", "cosines",
+                    "label", "optimizer", "settle", "compare"]
+    assert all((s["domain"], s["split"], s["augmented"]) == ("target", "train", True) for s in only(events, "settle"))
+    assert all(o["live"] == 0 for o in only(events, "optimizer"))  # nothing of batch norm learns
+
+
+def test_main_trains_in_training_mode_on_what_it_should(main_on_target):
+    folder, events = main_on_target
+    steps, forwards = only(events, "step"), only(events, "forward")
+    assert len(steps) == 3 and len(forwards) == 2 * 3 + 2 and all(forward["training"] for forward in forwards)
+    args = steps[0]["args"]
+    datasets = [common.source_dataset(args, common.training_augment(args)),
+                common.target_dataset(args, "train", common.training_augment(args))]
+    batches = [list(common.training_batches(dataset, args, common.mix_seed(args.seed, purpose), 0, 3))
+               for dataset, purpose in zip(datasets, (4, 5))]
+    for step, (x_s, y_s), (x_t, y_t) in zip(steps, *batches):
+        assert torch.equal(step["x_s"], x_s) and torch.equal(step["y_s"], y_s)
+        assert torch.equal(step["x_t"], x_t) and y_t is None
+    files = common.target_dataset(args, "train", common.training_augment(args), label_dir=folder / "pseudo_labels")
+    stored = list(common.training_batches(files, args, common.mix_seed(args.seed, 6), 0, 2))
+    seen = [details["label"] for details in only(events, "segmentation")][-2:]
+    for (image, label), forward, given in zip(stored, forwards[-2:], seen):  # SDCA-11
+        assert torch.equal(forward["images"], image) and torch.equal(given, label)
+
+
+def test_main_steps_down_the_gradient_of_the_total_with_the_rates_of_the_schedule(main_on_target):
+    """The total's gradient was made one everywhere: SGD with momentum and weight decay then follows by hand."""
+    folder, events = main_on_target
+    steps = only(events, "step")
+    states = [step["before"] for step in steps] + [torch.load(folder / "sdca.pt", weights_only=True)["model"]]
+    velocity = {}
+    for number, (before, after) in enumerate(zip(states, states[1:]), 1):
+        rate = 0.01 * min(1, number / 2) * (1 - (number - 1) / (2 * 3))**0.9
+        for name in before:
+            if name in steps[0]["learning"]:
+                velocity[name] = 0.9 * velocity.get(name, 0) + 1 + 5e-4 * before[name]
+                expected = before[name] - rate * (3 if name.startswith("classifier") else 1) * velocity[name]
+                torch.testing.assert_close(after[name], expected, atol=1e-5, rtol=1e-5)
+            else:  # batch norm
+                assert torch.equal(after[name], before[name]), name
+
+
+def test_main_carries_the_statistics_from_step_to_step(main_on_target):
+    folder, events = main_on_target
+    steps, saved = only(events, "step"), torch.load(folder / "sdca.pt", weights_only=True)
+    valid = sum((common.grid_labels(step["y_s"], (5, 9)) != 255).sum().item() for step in steps)
+    collected, = {line["pixels"] for line in log(folder, "statistics")}
+    for level in ("feat", "out"):
+        assert saved[level]["count"].sum().item() == collected + valid
+        assert saved[level]["mean"] is not None and steps[0]["statistics"][level] is steps[2]["statistics"][level]
+    first, last = only(events, "cosines")
+    assert same(first["start"], steps[0]["before"]) and same(last["start"], saved["model"])
+    assert torch.equal(last["means"]["feat"], saved["feat"]["mean"])
+
+
+def test_main_labels_the_target_with_the_adapted_model(main_on_target):
+    """The PNGs are what sdca.pt's model predicts, in evaluation mode, above min(--theta, the class's median)."""
+    folder, events = main_on_target
+    adapted = torch.load(folder / "sdca.pt", weights_only=True)["model"]
+    assert same(only(events, "label")[0]["start"], adapted) and same(only(events, "optimizer")[1]["start"], adapted)
+    args = only(events, "step")[0]["args"]
+    model, dataset = common.load_model(folder / "sdca.pt", args), common.target_dataset(args, "train")
+    confidence, label = zip(*(prob.max(1) for _, prob in common.predictions(model, dataset, args)))
+    confidence, label = torch.cat(confidence), torch.cat(label)
+    for k in range(16):
+        mine = sorted(confidence[label == k].tolist())
+        theta = min(0.2, math.floor(mine[round(0.5 * len(mine))] * 2**14) / 2**14) if mine else 0  # its bin's edge
+        label[(label == k) & (confidence < theta)] = 255
+    stored = [common.read_label(folder / f"pseudo_labels/{item['name']}.png") for item in dataset]
+    assert torch.equal(torch.from_numpy(np.stack(stored)).long(), label)
+    assert 0.1 < (label == 255).double().mean() < 0.6
+
+
+def test_main_compares_the_models_it_names(main_on_target, start):
+    folder, events = main_on_target
+    compared, = only(events, "compare")
+    saved = {name: torch.load(folder / name, weights_only=True)["model"] for name in ("sdca.pt", "last.pt")}
+    assert list(compared["models"]) == ["SDCA, no SSL", "SDCA"]
+    assert same(compared["models"]["SDCA, no SSL"], saved["sdca.pt"])
+    assert same(compared["models"]["SDCA"], saved["last.pt"]) and not same(saved["sdca.pt"], saved["last.pt"])
+    assert same(compared["source"], torch.load(start, weights_only=True)["model"])
+    meters = compared["meters"]
+    assert set(meters) == {f"{which}_{level}_{when}" for which in ("own", "other") for level in ("feat", "out")
+                           for when in ("before", "after")}
+    assert log(folder, "before")[0]["own_feat"] == meters["own_feat_before"] != meters["own_feat_after"]
+
+
+def test_main_with_live_batch_norm(tmp_path, start):
+    """Class statistics under the source's batch-norm statistics, labels and scores under the target's."""
+    events = watched(tmp_path / "run", start, "--batch-norm", "live", *SGD)
+    done = order(events, "settle", "optimizer", "collect", "cosines", "step", "label", "compare")
+    assert done == ["optimizer", "collect", "settle", "cosines", "step", "step", "step", "settle", "cosines", "label",
+                    "optimizer", "settle", "compare"]
+    collect, first = only(events, "collect")[0], only(events, "step")[0]["before"]
+    assert same(collect["start"], torch.load(start, weights_only=True)["model"]) and collect["live"] > 0
+    assert not torch.equal(first["backbone.1.running_mean"], collect["start"]["backbone.1.running_mean"])
+    assert only(events, "optimizer")[1]["live"] > 0 and all(f["training"] for f in only(events, "forward"))
+
+
+def test_main_with_frozen_batch_norm_and_without_ssl(tmp_path, start):
+    events = watched(tmp_path / "run", start, "--batch-norm", "frozen", "--no-ssl", *SGD)
+    assert order(events, "settle", "optimizer", "collect", "step", "label", "compare") == [
+        "settle", "optimizer", "collect", "settle", "step", "step", "step", "settle", "compare"]
+    begun, end = torch.load(start, weights_only=True)["model"], torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert all(torch.equal(end["model"][key], begun[key]) for key in begun if "running" in key)
+    compared, = only(events, "compare")
+    assert list(compared["models"]) == ["SDCA"] and same(compared["models"]["SDCA"], end["model"])
+    assert same_weights(tmp_path / "run/sdca.pt", tmp_path / "run/last.pt")
+    assert not (tmp_path / "run/pseudo_labels").exists()
+
+
+def test_main_warms_up_with_the_loss_of_the_source(tmp_path):
+    events = watched(tmp_path / "run", None, "--batch-norm", "target", "--no-ssl", "--lambda-lov", 0.4,
+                     "--warmup-lr", 0.003)
+    warm_up, = only(events, "warm-up")
+    assert (warm_up["file"], warm_up["steps"], warm_up["lr"]) == ("source_only.pt", 2, 0.003)
+    assert warm_up["dataset"].domain == "source" and warm_up["dataset"].augment is not None
+    logits, label = randn(1, 16, 5, 9).float(), labels(32 * 64, classes=16).view(1, 32, 64)
+    assert torch.equal(warm_up["criterion"](logits, label), source_loss(logits, label, 0.4))
+    first = only(events, "step")[0]["before"]  # weights and affine part go on from the warm-up
+    begun = torch.load(tmp_path / "run/source_only.pt", weights_only=True)["model"]
+    assert all(torch.equal(first[key], begun[key]) for key in begun if "running" not in key and "tracked" not in key)
+
+
+def test_ssl_from_scratch_starts_from_the_backbones_weights(tmp_path, start):
+    events = watched(tmp_path / "run", start, "--batch-norm", "target", "--from-scratch-ssl", "--ssl-iterations", 0)
+    adapted, new = (torch.load(tmp_path / "run" / name, weights_only=True)["model"] for name in ("sdca.pt", "last.pt"))
+    torch.manual_seed(common.mix_seed(0, 8))
+    fresh = common.DeepLabV2(16, "resnet18").state_dict()
+    trained = [key for key in fresh if "running" not in key and "tracked" not in key]
+    assert all(torch.equal(new[key], fresh[key]) for key in trained)
+    assert not torch.equal(new["classifier.0.weight"], adapted["classifier.0.weight"])
+    assert only(events, "optimizer")[1]["live"] > 0  # it learns its batch norm, as the warm-up does
+
+
+def test_target_cosines_are_those_of_all_validation_pixels(start):
+    """Against the cosine of each pixel, one by one, over more than one batch."""
+    sys_args = argparse.Namespace(source="toy", toy_world=0, toy_images=48, size=(32, 64), batch_size=2, workers=0,
+                                  device="cpu", precision="fp32", raw_statistics=False)
+    model = common.load_model(start, sys_args)
+    mean = {"feat": randn(16, 512).abs(), "out": randn(16, 16)}
+    statistics = {level: ClassStatistics(16, len(m[0])) for level, m in mean.items()}
+    for level in mean:
+        statistics[level].mean = mean[level]
+    found, model = sdca.target_cosines(model.train(), statistics, sys_args), model.eval()
+    own, other = {"feat": [], "out": []}, {"feat": [], "out": []}
+    for item in common.target_dataset(sys_args, "val"):
+        with torch.no_grad():
+            maps = dict(zip(("feat", "out"), model(item["image"][None])))
+        y = common.grid_labels(item["label"][None], (5, 9))[0]
+        for level in maps:
+            cosine = F.cosine_similarity(maps[level][0].double()[:, None], mean[level].T[:, :, None, None], dim=0)
+            for i, j in (y != 255).nonzero().tolist():
+                own[level].append(cosine[y[i, j], i, j].item())
+                other[level].append(max(cosine[k, i, j].item() for k in range(16) if k != y[i, j]))
+    assert len(own["feat"]) > 400
+    for level in maps:
+        assert found[f"own_{level}"] == pytest.approx(np.mean(own[level]), abs=1e-5)
+        assert found[f"other_{level}"] == pytest.approx(np.mean(other[level]), abs=1e-5)
+
+
+def test_collected_statistics_are_those_of_the_clean_source(start):
+    """One pass, every source picture once, in evaluation mode."""
+    args = argparse.Namespace(source="toy", toy_world=0, toy_images=10, size=(32, 64), workers=0, device="cpu",
+                              precision="fp32", raw_statistics=False)
+    model, lines = common.load_model(start, args), []
+    statistics = {"feat": ClassStatistics(16, 512), "out": ClassStatistics(16, 16)}
+    notes = argparse.Namespace(log=lambda stage, **values: lines.append((stage, values)))
+    sdca.collect_statistics(model.train(), statistics, args, notes)
+    model.eval()
+    rows, y = {"feat": [], "out": []}, []
+    for item in common.source_dataset(args):
+        with torch.no_grad():
+            features, logits = model(item["image"][None])
+        rows["feat"].append(common.as_pixels(features))
+        rows["out"].append(common.as_pixels(logits))
+        y.append(common.grid_labels(item["label"][None], (5, 9)).flatten())
+    y = torch.cat(y)
+    for level in rows:
+        r = torch.cat(rows[level]).double()
+        assert statistics[level].count.tolist() == [(y == k).sum() for k in range(16)]
+        for k in y.unique().tolist():
+            if k != 255:
+                variance = r[y == k].var(0, correction=0)
+                torch.testing.assert_close(statistics[level].mean[k], r[y == k].mean(0), atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(statistics[level].variance[k], variance, atol=1e-5, rtol=1e-3)
+    seen = {"pixels": (y != 255).sum().item(), "classes": len(set(y.tolist()) - {255})}
+    assert lines == [("statistics", {"level": level, **seen}) for level in ("feat", "out")]
+
+
+# ---------------------------------------------------- the script ----------------------------------------------------
 
 
 def log(folder, stage):
@@ -621,46 +1114,26 @@ def test_one_command_runs_all_stages(whole):
     assert {"args.json", "log.jsonl", "source_only.pt", "sdca.pt", "last.pt", "panel.png", "result.json"} <= {
         p.name for p in folder.iterdir()}
     assert list(result(folder)["columns"]) == ["source only", "+ BN target", "SDCA, no SSL", "SDCA"]
-    assert "SDCA, no SSL" in out and "motorcycle" in out
-    grid = 24 * 4 * 8  # pixels of the source on the grid, some of them void
+    assert "SDCA, no SSL" in out and "motorcycle" in out and "own_feat_after" in out
+    assert len(result(folder)["meters"]) == 8
+    grid = 24 * 5 * 9  # pixels of the source on the grid, some of them void
     passes = log(folder, "statistics")
-    assert [line["level"] for line in passes] == ["feat", "out"] and 0.5 * grid < passes[0]["pixels"] == passes[1]["pixels"] <= grid
+    assert [line["level"] for line in passes] == ["feat", "out"]
+    assert 0.5 * grid < passes[0]["pixels"] == passes[1]["pixels"] <= grid
     saved = torch.load(folder / "sdca.pt", weights_only=True)
-    assert passes[0]["pixels"] < saved["feat"]["count"].sum().item() <= grid + 3 * 2 * 4 * 8  # source batches only
-    assert saved["feat"]["mean"].shape == (16, 512) and saved["out"]["variance"].shape == (16, 16) and saved["step"] == 3
-    steps = log(folder, "adapt")
-    assert all({"sup", "kept", "feat", "out", "own_feat", "other_feat", "own_out", "other_out"} <= set(line) for line in steps)
-    assert all(line["loss"] == pytest.approx(line["sup"] + line["feat"] + line["out"], rel=1e-5) for line in steps)  # SDCA-9
-    assert all(0 < line["kept"] <= 1 and -1 <= line["own_feat"] <= 1 for line in steps)
+    assert saved["feat"]["mean"].shape == (16, 512) and saved["out"]["variance"].shape == (16, 16)
+    assert saved["step"] == 3
+    weight = json.loads((folder / "args.json").read_text())["lambda_feat"]
+    for line in log(folder, "adapt"):
+        bounds = sum(line[term] for term in TERMS[1:])
+        assert line["loss"] == pytest.approx(line["sup"] + weight * bounds, rel=1e-5)  # SDCA-9, as logged
+        assert 0 < line["kept"] <= 1 and -1 <= line["own_feat"] <= 1 and "other_out" in line
     labelled, = log(folder, "pseudo-labels")
-    assert 0.45 < labelled["kept"] <= 1 and 0 <= labelled["accuracy"] <= 1 and labelled["theta_high"] <= 0.9
+    assert 0.45 < labelled["kept"] <= 1 and 0 <= labelled["accuracy"] <= 1
+    assert labelled["theta_low"] <= labelled["theta_high"] <= 0.9
     files = sorted((folder / "pseudo_labels").iterdir())
     assert len(files) == 24 and common.read_label(files[0]).shape == (32, 64)
     assert Image.open(folder / "panel.png").width > 5 * 300  # image | truth | source only | SDCA, no SSL | SDCA
-
-
-def test_statistics_come_first_and_from_source_pixels(tmp_path, start, monkeypatch):
-    """In every step and at each level: pool the source pixels, then the two bounds with the statistics just pooled."""
-    calls, pool, bound = [], sdca.pool_batch, sdca.contrastive_bound
-
-    def pool_and_note(statistics, r, y):
-        pool(statistics, r, y)
-        calls.append(("pool", statistics.mean, r))
-
-    def bound_and_note(r, y, mean, *options):
-        calls.append(("bound", mean, r))
-        return bound(r, y, mean, *options)
-
-    monkeypatch.setattr(sdca, "pool_batch", pool_and_note)
-    monkeypatch.setattr(sdca, "contrastive_bound", bound_and_note)
-    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["sdca.py", *map(str, FEW), "--init", str(start), "--no-ssl", "--out", str(tmp_path / "run")])
-    sdca.main()
-    assert len(calls) == 3 * 2 * 3
-    for pooled, source, target in zip(calls[::3], calls[1::3], calls[2::3]):
-        assert (pooled[0], source[0], target[0]) == ("pool", "bound", "bound")
-        assert source[1] is pooled[1] and target[1] is pooled[1]
-        assert source[2] is pooled[2] and target[2] is not pooled[2]
 
 
 def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, whole):
@@ -674,47 +1147,15 @@ def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, whole
     assert same_training(tmp_path / "cut", whole[0])
     assert same_weights(tmp_path / "cut/last.pt", whole[0] / "last.pt")
     assert result(tmp_path / "cut")["columns"] == result(whole[0])["columns"]
+    assert result(tmp_path / "cut")["meters"] == result(whole[0])["meters"]
 
 
-def test_the_total_loss_is_assembled_as_written(tmp_path, start):  # SDCA-9
-    """With weights that differ; and padding, which a scale below 1 brings, is no confident pixel (delta 0 keeps all others)."""
-    flags = ["--lambda-feat", 0.3, "--lambda-out", 2, "--tau", 0.5, "--delta", 0, "--no-ssl", "--scale-jitter", 0.5, 0.5]
-    run(tmp_path, "sdca.py", *FEW, "--init", start, "--out", "run", *flags)
-    steps = log(tmp_path / "run", "adapt")
-    for line in steps:
-        assert line["loss"] == pytest.approx(line["sup"] + 0.3 * line["feat"] + 2 * line["out"], rel=1e-5)
-        assert 0.2 < line["kept"] < 0.4  # a quarter of the crop, and what the grid's corners add
-
-
-def test_switching_levels_and_self_training_off(tmp_path, start):
-    few = [*FEW, "--init", start]
-    run(tmp_path, "sdca.py", *few, "--no-ssl", "--lambda-out", 0, "--out", "feat")
-    assert same_weights(tmp_path / "feat/source_only.pt", start)
-    assert list(result(tmp_path / "feat")["columns"]) == ["source only", "+ BN target", "SDCA"]
-    assert same_weights(tmp_path / "feat/sdca.pt", tmp_path / "feat/last.pt") and not log(tmp_path / "feat", "ssl")
-    assert not (tmp_path / "feat/pseudo_labels").exists() and [line["level"] for line in log(tmp_path / "feat", "statistics")] == ["feat"]
-    last = log(tmp_path / "feat", "adapt")[-1]
-    assert "feat" in last and "out" not in last
-    run(tmp_path, "sdca.py", *few, "--no-ssl", "--lambda-feat", 0, "--no-covariance", "--delta", 2, "--out", "out")
-    last = log(tmp_path / "out", "adapt")[-1]
-    assert "out" in last and "feat" not in last and last["kept"] == last["own_out"] == 0  # no confident pixel: no accident
-    run(tmp_path, "sdca.py", *few, "--lambda-feat", 0, "--lambda-out", 0, "--lambda-lov", 0, "--theta", 0.1, "--out", "plain")
-    assert not log(tmp_path / "plain", "statistics") and log(tmp_path / "plain", "pseudo-labels")[0]["theta_high"] == pytest.approx(0.1)
-    assert not same_weights(tmp_path / "feat/sdca.pt", tmp_path / "plain/sdca.pt")
-
-
-def test_self_training_from_scratch_and_from_the_adapted_model(tmp_path, start):
-    few = [*FEW, "--init", start, "--raw-statistics", "--tau", 0.5, "--horizon", 1.5625, "--precision", "bf16", "--ssl-iterations", 0]
-    run(tmp_path, "sdca.py", *few, "--out", "on")
-    assert same_weights(tmp_path / "on/sdca.pt", tmp_path / "on/last.pt")
-    assert log(tmp_path / "on", "adapt")[-1]["lr"] > 0
-    run(tmp_path, "sdca.py", *few, "--from-scratch-ssl", "--freeze-bn", "--out", "new")
-    adapted, new = (torch.load(tmp_path / "new" / name, weights_only=True)["model"] for name in ("sdca.pt", "last.pt"))
-    torch.manual_seed(common.mix_seed(0, 8))
-    fresh = common.DeepLabV2(16, "resnet18")
-    common.freeze_batch_norm(fresh)
-    fresh = fresh.state_dict()
-    assert all(torch.equal(new[key], fresh[key]) for key in fresh) and not torch.equal(new["classifier.0.weight"], adapted["classifier.0.weight"])
+def test_without_the_contrastive_loss_the_same_steps_are_done(tmp_path, start):
+    """The ablation: both weights 0. The pixels' cosines are measured all the same."""
+    run(tmp_path, "sdca.py", *FEW, "--init", start, "--no-ssl", "--lambda-feat", 0, "--lambda-out", 0, "--out", "off")
+    lines = log(tmp_path / "off", "adapt")
+    assert len(lines) == 3 and all(line["loss"] == line["sup"] for line in lines)
+    assert len(result(tmp_path / "off")["meters"]) == 8
 
 
 def test_real_formats_from_start_to_end(tmp_path):
@@ -723,9 +1164,9 @@ def test_real_formats_from_start_to_end(tmp_path):
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    for source, classes in (("synthia", 16), ("gta5", 19)):
-        run(tmp_path, "sdca.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
-            "--workers", 1, *FEW)
+    for source, classes, workers in (("synthia", 16, 1), ("gta5", 19, 0)):
+        run(tmp_path, "sdca.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet18",
+            "--backbone-weights", "none", "--workers", workers, *FEW, "--iterations", 1, "--ssl-iterations", 1)
         folder = tmp_path / f"runs/sdca-{source}-s0"
         assert len(result(folder)["iou"]) == classes and ("miou13" in result(folder)) == (source == "synthia")
         assert len(list((folder / "pseudo_labels").iterdir())) == 6
@@ -740,16 +1181,23 @@ def test_a_checkpoint_or_network_that_does_not_fit_is_one_line(tmp_path, start):
 
 
 def test_two_processes_share_one_run(tmp_path, start):
-    """Pooled statistics, and bounds over all processes' pixels. Without Lovasz, which does not split over a batch."""
-    arguments = [*FEW, *SPLITTABLE, "--init", start, "--lambda-lov", 0, "--lr", 0.02, "--ramp", 0, "--tau", 0.5]
+    """Pooled statistics, histograms and thresholds; losses are each process's own means."""
+    arguments = [*FEW, *SPLITTABLE, "--init", start, "--lr", 0.02, "--ssl-lr", 0.02, "--ramp", 0, "--tau", 0.5,
+                 "--lambda-feat", 1, "--lambda-out", 1]
     run(tmp_path, "sdca.py", *arguments, "--out", "one")
     run_as_two(tmp_path, "sdca.py", *arguments, "--out", "two")
     assert trained_alike(start, tmp_path / "one/sdca.pt", tmp_path / "two/sdca.pt")
-    one, two = (torch.load(tmp_path / name / "sdca.pt", weights_only=True) for name in ("one", "two"))
+    first = [torch.load(tmp_path / name / "sdca.pt", weights_only=True) for name in ("one", "two")]
     for level in ("feat", "out"):
-        assert torch.equal(one[level]["count"], two[level]["count"])
-        torch.testing.assert_close(one[level]["mean"], two[level]["mean"], atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(one[level]["variance"], two[level]["variance"], atol=1e-4, rtol=1e-3)
+        one, two = (saved[level] for saved in first)
+        assert torch.equal(one["count"], two["count"])
+        torch.testing.assert_close(one["mean"], two["mean"], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(one["variance"], two["variance"], atol=2e-2, rtol=5e-2)
+    passes = [[line["pixels"] for line in log(tmp_path / name, "statistics")] for name in ("one", "two")]
+    before = [log(tmp_path / name, "before")[0] for name in ("one", "two")]
+    assert passes[0] == passes[1]
+    assert all(before[0][key] == pytest.approx(before[1][key], abs=1e-5) for key in ("own_feat", "other_out"))
     labelled = [log(tmp_path / name, "pseudo-labels")[0] for name in ("one", "two")]
-    assert all(labelled[0][key] == pytest.approx(labelled[1][key], abs=1e-3) for key in ("theta_high", "kept", "accuracy"))
+    for key in ("theta_high", "kept", "accuracy"):
+        assert labelled[0][key] == pytest.approx(labelled[1][key], abs=0.03)
     assert len(list((tmp_path / "two/pseudo_labels").iterdir())) == 24
