@@ -9,7 +9,6 @@ it; on the CPU it is measured for SDCA's statistics alone, in processes of their
 
 import argparse
 import copy
-import functools
 import math
 import multiprocessing
 import re
@@ -17,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -305,114 +305,69 @@ def lse_equations(device):
 # One step of each method on the same network and batch, against plain self-training: cross-entropy on both domains.
 
 
-def plain_step(model, x_s, y_s, x_t, y_t, precision):
-    optimizer = drsl.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
+def settings(module, *flags):
+    """The arguments of a method on the toy."""
+    with mock.patch.object(sys, "argv", [module.__name__, *flags]):
+        return module.parse_args()
 
+
+def step_of(optimizer, losses):
+    """A training step that minimises losses()["loss"]."""
     def step():
-        with common.autocast(x_s.device, precision):
-            (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
-        drsl.descend(drsl.segmentation_loss(logits_s, y_s) + drsl.segmentation_loss(logits_t, y_t), optimizer, model)
+        optimizer.zero_grad()
+        losses()["loss"].backward()
+        optimizer.step()
 
     return step
+
+
+def plain_step(model, x_s, y_s, x_t, y_t, precision):
+    args = settings(lse, "--precision", precision, "--focal", "off")
+    return step_of(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
 
 
 def lse_step(model, x_s, y_s, x_t, y_t, precision):
-    optimizer = lse.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0))
-
-    def step():
-        with common.autocast(x_s.device, precision):
-            (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
-        loss = lse.segmentation_loss(logits_s, y_s) + lse.segmentation_loss(logits_t, y_t)
-        lse.descend(loss + 0.1 * lse.focal_loss(logits_t, y_t, 3.0), optimizer, model)
-
-    return step
+    args = settings(lse, "--precision", precision)
+    return step_of(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
 
 
-def cpsl_step(model, x_s, y_s, x_t, y_t, precision, consistency=False):
+def cpsl_step(model, x_s, y_s, x_t, y_t, precision, *flags):
     """With a full bank, and with labels by the warm-up model and the momentum copy: two forward passes more."""
-    K, device = model.classifier[0].out_channels, x_s.device
-    size, pixels = (4096, 64) if x_s.shape[2] < 512 else (65536, 256)
-    warm, teacher = copy.deepcopy(model).eval(), copy.deepcopy(model)
-    head = cpsl.SelfLabelingHead(torch.randn(K, model.feature_dim, device=device))
-    teacher_head = copy.deepcopy(head).requires_grad_(False)
-    bank, marginal = cpsl.MemoryBank(size, model.feature_dim, device), torch.full((K,), 1 / K, device=device)
-    bank.push(F.normalize(torch.randn(size, model.feature_dim, device=device), dim=1))
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, head_scale=5.0, epsilon=0.05, sinkhorn_iterations=3)
-    optimizer = cpsl.make_optimizer_with_prototypes(model, head, args)
+    args, K, device = settings(cpsl, "--precision", precision, *flags), model.classifier[0].out_channels, x_s.device
+    if x_s.shape[2] >= 512:
+        args.bank, args.pixels = 65536, 256
+    head = cpsl.SelfLabelingHead(K, model.feature_dim).to(device)
+    torch.nn.init.normal_(head.prototypes)
+    frozen = copy.deepcopy(model).eval(), copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
+    bank = cpsl.MemoryBank(args.bank, model.feature_dim, device)
+    bank.push(F.normalize(torch.randn(args.bank, model.feature_dim, device=device), dim=1))
+    step = step_of(cpsl.make_optimizer_with_prototypes(model, head, args),
+                   lambda: cpsl.step_losses(model, head, frozen, head, bank, (x_s, y_s), x_t, args, 0))
 
-    def step():
-        with torch.no_grad():
-            with common.autocast(device, precision):
-                (_, logits), (features, _) = warm(x_t), teacher(x_t)
-            cosine = teacher_head(features)
-            y_t = cpsl.rectify(common.upsample(logits.float(), y_s.shape[1:]).softmax(1), common.upsample(cosine, y_s.shape[1:]))
-        with common.autocast(device, precision):
-            (_, logits_s), (_, logits_t) = model(x_s), model(x_t)
-        loss = cpsl.segmentation_loss(logits_s, y_s) + cpsl.symmetric_cross_entropy(logits_t, y_t)
-        valid = torch.ones(len(features), *features.shape[2:], dtype=torch.bool, device=device)
-        z = F.normalize(cpsl.take_pixels(features, cpsl.pick_pixels(valid, pixels, torch.rand(valid.shape, device=device))).float(), dim=2)
-        c = F.normalize(head.prototypes.detach(), dim=1)
-        q = cpsl.assign(z @ c.T, bank.usable() @ c.T, marginal, args)
-        loss = loss + 0.1 * cpsl.self_labeling_loss(z, head.prototypes, q)
-        bank.push(z.flatten(0, 1))
-        if consistency:
-            with common.autocast(device, precision):
-                strong, _ = model(cpsl.strong_view(x_t, 0))
-            loss = loss + 5 * cpsl.kl_divergence(cosine / 0.08, teacher_head(strong) / 0.08, valid)
-        cpsl.descend(loss, optimizer, model, head)
-        cpsl.update_average(teacher, model, 0.999)
-        cpsl.update_average(teacher_head, head, 0.999)
+    def step_and_follow():
+        step()
+        cpsl.update_average(frozen[1], model, args.ema)
+        cpsl.update_average(frozen[2], head, args.ema)
 
-    return step
+    return step_and_follow
 
 
 def sdca_step(model, x_s, y_s, x_t, y_t, precision):
     """In the dearest case: every target pixel is confident."""
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, raw_statistics=False)
-    optimizer = sdca.make_optimizer(model, args)
-    known = [sdca.ClassStatistics(len(model.classifier[0].bias), D) for D in (model.feature_dim, len(model.classifier[0].bias))]
-
-    def step():
-        with common.autocast(x_s.device, precision):
-            maps_s, maps_t = model(x_s), model(x_t)
-        loss = sdca.source_loss(maps_s[1], y_s, 0.75)
-        grid_s = common.grid_labels(y_s, maps_s[1].shape[2:]).flatten()
-        grid_t = sdca.online_labels(maps_t[1], 0.0).flatten()
-        for level in (0, 1):
-            r_s, r_t = (sdca.representations(maps[level], args) for maps in (maps_s, maps_t))
-            sdca.pool_batch(known[level], r_s, grid_s)
-            for r, y in ((r_s, grid_s), (r_t, grid_t)):
-                loss = loss + sdca.contrastive_bound(r, y, known[level].mean, known[level].variance)
-        sdca.descend(loss, optimizer, model)
-
-    return step
+    args, C = settings(sdca, "--precision", precision, "--delta", "0"), model.classifier[0].out_channels
+    known = {level: sdca.ClassStatistics(C, D, x_s.device) for level, D in (("feat", model.feature_dim), ("out", C))}
+    return step_of(sdca.make_optimizer(model, args), lambda: sdca.step_losses(model, known, x_s, y_s, x_t, args))
 
 
 def drsl_step(model, x_s, y_s, x_t, y_t, precision):
-    head = drsl.ModeHead(model.feature_dim, len(model.classifier[0].bias)).to(x_s.device)
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, alpha=0.5, sigma=0.3, posterior="soft", w_m=1.0, w_c=1.0)
-    optimizer = drsl.make_optimizer_with_modes(model, head, args)
-
-    def step():
-        with common.autocast(x_s.device, precision):
-            (features_s, logits_s), (features_t, logits_t) = model(x_s), model(x_t)
-        loss, sides = drsl.segmentation_loss(logits_s, y_s) + drsl.segmentation_loss(logits_t, y_t), []
-        for maps, label in ((features_s, y_s), (features_t, y_t)):
-            with common.autocast(x_s.device, precision):
-                e = head(maps)
-            y = drsl.balanced_labels(label, e.shape[2:], 256, torch.rand(e[:, 0].shape, device=e.device)).flatten()
-            e = common.as_pixels(e)
-            d2 = head.squared_distances(e)
-            loss = loss + 0.1 * drsl.mode_loss(d2, y, args)
-            sides += [e, y, drsl.assign_modes(d2, y)]
-        loss = loss + 0.1 * drsl.stochastic_mode_alignment(*sides, shape=d2.shape[1:])
-        drsl.descend(loss, optimizer, model, head)
-
-    return step
+    args = settings(drsl, "--precision", precision)
+    head = drsl.ModeHead(model.feature_dim, model.classifier[0].out_channels, args.modes, args.embedding).to(x_s.device)
+    return step_of(drsl.make_optimizer_with_modes(model, head, args),
+                   lambda: drsl.step_losses(model, head, (x_s, y_s), (x_t, y_t), args, None))
 
 
 STEPS = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
-         "CPSL with consistency": functools.partial(cpsl_step, consistency=True), "SDCA": sdca_step, "DRSL": drsl_step}
+         "CPSL with consistency": lambda *given: cpsl_step(*given, "--consistency"), "SDCA": sdca_step, "DRSL": drsl_step}
 
 
 def steps(device, precision, backbone, size, batch, C=19, rounds=15):
@@ -445,7 +400,7 @@ def main():
     for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
         equations(args.device)
     for precision in ("fp32", "bf16"):
-        steps(args.device, precision, "resnet18", (80, 160), 4)
+        steps(args.device, precision, "resnet14", (64, 128), 4)
         if args.device == "cuda":
             steps(args.device, precision, "resnet101", (512, 1024), 2)
 
