@@ -730,6 +730,10 @@ class MeanIoU:
         hit = self.confusion.diagonal().double()
         return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)  # 0 / 0 = NaN
 
+    def recall(self):
+        """(C,): the share of each class's pixels that are found, NaN for a class without any."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
     def mean(self, indices=None):
         iou = self.iou()
         return (iou if indices is None else iou[list(indices)]).nanmean().item()
@@ -767,17 +771,23 @@ def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
     """`scores` of a model on labelled data, at the labels' own resolution. `visit(batch, pred (N, H, W))` sees all."""
     was_training, classes = model.training, task_classes(args.source)
     model.eval()
-    metric = MeanIoU(len(classes))
+    metric, rare_looks = MeanIoU(len(classes)), MeanIoU(len(classes))
     for batch in evaluation_batches(dataset, args):
         label = batch["label"].to(args.device)
         prob = predict(model, batch["image"], label.shape[1:], args, scales, flip)  # (N, C, H, W)
         pred = prob.max(1).indices  # (N, H, W); on a CPU much faster than argmax
         metric.update(pred, label)
+        if "look" in batch:  # the toy's
+            rare_looks.update(pred, torch.where(batch["look"].to(args.device) == 2, label, IGNORE))
         if visit is not None:
             visit(batch, pred)
     model.train(was_training)
-    metric.confusion = all_sum(metric.confusion.to(args.device))
-    return scores(metric, classes)
+    for part in (metric, rare_looks):
+        part.confusion = all_sum(part.confusion.to(args.device))
+    result = scores(metric, classes)
+    if rare_looks.present():
+        result["rare_looks"] = 100 * rare_looks.recall()[rare_looks.present()].mean().item()
+    return result
 
 
 def evaluate_target(model, args, split="val", **options):
@@ -814,7 +824,8 @@ def scores(metric, classes):
     stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
     over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
     predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what
-    a classifier that balances its classes keeps low.
+    a classifier that balances its classes keeps low. (On the toy `evaluate` adds `rare_looks`: the mean over the classes
+    of the recall on pixels whose look is rare in the source.)
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -833,7 +844,8 @@ def scores(metric, classes):
 
 
 # Title in tables: key in `scores`.
-MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare", "histogram distance %": "histogram_distance"}
+MEANS = {"mIoU": "miou", "mIoU, 13": "miou13", "mIoU, rare": "rare", "histogram distance %": "histogram_distance",
+         "recall, rare looks": "rare_looks"}
 
 
 def score_table(columns):
@@ -1552,13 +1564,16 @@ class ToyStreets(Dataset):
         return self.picture(index)[2]
 
     def __getitem__(self, index):
-        image, label, _ = self.picture(index)
+        image, label, look = self.picture(index)
         name = f"toy_{self.domain}_{self.split}_{index:04d}"
         if self.label_dir is not None:
             label = read_label(Path(self.label_dir) / f"{name}.png")
         elif not self.labelled:
             label = None
-        return make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
+        item = make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
+        if self.full_label:  # for the evaluation
+            item["look"] = torch.from_numpy(look)
+        return item
 
 
 @functools.lru_cache(4000)

@@ -587,6 +587,20 @@ def test_evaluation_at_the_labels_own_resolution(monkeypatch):
     assert result["share"]["bus"][1] == 50 and result["iou"]["bus"] > 80 and seen == [(["a"], (1, 40, 80))]
 
 
+def test_recall_on_looks_that_are_rare_in_the_source():
+    """Against a loop over the pixels of look 2."""
+    args, model = settings(toy_images=24), DeepLabV2(16, "resnet14")
+    data = common.target_dataset(args, "val", labelled=True, full_label=True)
+    hits, seen, preds = np.zeros(16), np.zeros(16), []
+    result = common.evaluate(model, data, args, visit=lambda batch, pred: preds.extend(pred.numpy()))
+    for i, pred in enumerate(preds):
+        _, label, look = data.picture(i)
+        for p, l, k in zip(pred.ravel(), label.ravel(), look.ravel()):
+            seen[l] += k == 2
+            hits[l] += k == 2 and p == l
+    assert result["rare_looks"] == pytest.approx(100 * (hits[seen > 0] / seen[seen > 0]).mean())
+
+
 def test_predictions_average_scales_and_mirror_images():
     image = 2 * torch.rand(2, 3, 2, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
 

@@ -38,7 +38,8 @@ def test_table_json_and_panel(toy):
     table = json.loads((toy / "t.json").read_text())
     assert list(table) == ["a/last", "b/last"] and len(table["a/last"]["iou"]) == 16
     header, *rows = [line for line in out.splitlines() if line.strip()]
-    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road") and rows[-1].startswith("histogram distance %")
+    assert header.split() == ["a/last", "b/last"] and rows[0].startswith("road")
+    assert rows[-2].startswith("histogram distance %") and rows[-1].startswith("recall, rare looks")
     assert rows[16].split() == ["mIoU", f"{table['a/last']['miou']:.1f}", f"{table['b/last']['miou']:.1f}"]
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
@@ -204,9 +205,9 @@ def test_summary_over_seeds(tmp_path):
             (folder / "args.json").write_text(json.dumps({"seed": i}))
     folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
     header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()
-    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | histogram distance % | seconds | GB |"
-    assert source == "| source only | 3 | 32.0 ± 2.0 | 33.0 ± 2.0 | - | - | - | - |"
-    assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | 101 | 1.2 |" and lse.startswith("| LSE | 3 | 32.0 ± 2.0 |")
+    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | histogram distance % | recall, rare looks | seconds | GB |"
+    assert source == "| source only | 3 | 32.0 ± 2.0 | 33.0 ± 2.0 | - | - | - | - | - |"
+    assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | - | 101 | 1.2 |" and lse.startswith("| LSE | 3 | 32.0 ± 2.0 |")
     (tmp_path / "LSE0/args.json").write_text(json.dumps({"seed": 1}))  # now seed 1 has two source-only models
     assert "another result" in run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
     assert "result.json" in run(tmp_path, "evaluate.py", "--summary", "DRSL0", "gone", ok=False)
