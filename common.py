@@ -824,7 +824,7 @@ def scores(metric, classes):
     stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
     over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
     predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what
-    a classifier that balances its classes keeps low. (On the toy `evaluate` adds `rare_looks`: the mean over the classes
+    a classifier that balances its classes keeps low. (On the toy `evaluate` adds `rare_looks`: the mean over classes
     of the recall on pixels whose look is rare in the source.)
     """
     def mean(names):
