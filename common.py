@@ -1015,7 +1015,7 @@ def shared_parser(doc, adapts=False):
     add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=count, metavar="T", default=by_source(500, 60000),
+        add("--warmup-iterations", type=count, metavar="T", default=by_source(600, 60000),
             help="steps of source-only training")
         add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
         add("--ramp", type=natural, metavar="T", default=by_source(40, 500),

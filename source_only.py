@@ -92,7 +92,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 def parse_args():
     parser = common.shared_parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=common.count, metavar="T", default=common.by_source(500, 60000), help="T, training steps")
+    add("--iterations", type=common.count, metavar="T", default=common.by_source(600, 60000), help="T, training steps")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 2.5e-4),
         help="lr_0, base learning rate; the head's is --head-lr times it")
     add("--oracle", action="store_true", help="train on the target's own labels: the supervised bound")
