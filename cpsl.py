@@ -90,7 +90,7 @@ Deviations
  5. Resolution of labels and target loss. Authors: a quarter, features upsampled and then compared. Here: compared on
     the stride-8 grid, cosines and logits upsampled to full resolution.
  6. Sampling. Paper: class by class, Eq. 9. Authors' code: uniform over the pixels, one draw for all images.
-    Here: --sampling proportional, a stratified draw per image, or uniform, a draw per image.
+    Here: --sampling proportional, a stratified draw per image by the rectified labels [U], or uniform.
  7. Consistency. Authors: always. Here: on for real data; off on the toy, to keep it fast. --no-rectify has no
     prototypes and so no consistency either: compare it with a run with --no-consistency.
  8. Distillation loss. Authors: the student's softmax in place of its logarithm, no divergence (their log goes below
@@ -99,7 +99,7 @@ Deviations
     Here: unit length; a copy. Where r_k = 0 theirs gives NaN, ours nothing for class k.
 10. Order. Authors: the pixels of an image enter the bank before the next image is solved. Here: every image has its
     problem with the same bank, then all enter. Before the bank is full it is not used, as theirs. Under torchrun each
-    process keeps a bank of its own pixels.
+    process keeps a bank of its own pixels, and after a resume all start with the first one's.
 11. Momentum network's mode. Authors: training mode with Dropout2d. Here: training mode, so that live batch norm sees
     the batch's own statistics; there is no dropout.
 12. Prototypes' start. Authors: four passes, image means of classes with at least 10 of 33 153 positions, a running mean
@@ -523,9 +523,13 @@ def measure_labels(frozen, head, args):
         for batch in common.evaluation_batches(common.target_dataset(args, "train", labelled=True), args):
             for metric, label in zip(metrics.values(), target_labels(batch["image"], *frozen, args)):
                 metric.update(label.cpu(), batch["label"])
+        rare = [i for i, name in enumerate(common.task_classes(args.source)) if name in common.RARE]
         for name, metric in metrics.items():
             metric.confusion = common.all_sum(metric.confusion.to(args.device))
-            meters[name] = 100 * metric.mean(metric.present())
+            present = metric.present()
+            meters[name] = 100 * metric.mean(present)
+            if set(rare) & set(present):
+                meters[f"{name}_rare"] = 100 * metric.mean(sorted(set(rare) & set(present)))
     return meters
 
 
@@ -674,12 +678,14 @@ def main():
         optimizer.step()
         update_average(teacher, model, args.ema)
         update_average(teacher_head, head, args.ema)
-        run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms)
+        moved = 1 - F.cosine_similarity(head.prototypes.detach(), head.start, dim=1).mean()
+        run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms, moved=moved)
         run.validate("adapt", done, args.iterations, model, views)
         if run.time_to_save(done, args.iterations):
             run.save(files[0], done, model, **parts)
     common.settle_batch_norm(model, views, args)
     run.save(files[0], done, model, **parts)
+    common.settle_batch_norm(teacher, views, args)
     meters = measure_labels(frozen, head, args) if args.rectify else {}
 
     # Step 4: distillation.

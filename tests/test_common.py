@@ -715,6 +715,23 @@ def test_looking_at_data(tmp_path):
     assert "1 of 4 broken, the first: " in out and "3 source and 4 target scenes" in out and (tmp_path / "preview.png").exists()
 
 
+def test_looking_at_data_says_what_would_stay_silent(tmp_path):
+    """Files that are not read, labels of another size, labels that hold trainIds or nothing."""
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    look = ["common.py", "--source", "gta5", "--data-root", tmp_path, "--samples", 0]
+    assert "look:" not in run(tmp_path, *look)
+    (tmp_path / "GTA5/images/00009.JPG").write_bytes(b"")
+    write_palette(tmp_path / "GTA5/labels/00002.png", blocks([7, 26], (24, 40), np.random.default_rng(0)))
+    out = run(tmp_path, *look)
+    assert "look: 1 files that are not read, such as" in out and "00009.JPG" in out
+    assert "look: 1 of 4 labels have another size than their image" in out and "00002.png" in out
+    for ids, words in (([0, 13, 18, 255], "no label id is above 18, as in trainIds"), ([255], "every pixel of the labels is 255")):
+        for path in (tmp_path / "GTA5/labels").iterdir():
+            write_palette(path, blocks(ids, (48, 80), np.random.default_rng(1)))
+        assert words in run(tmp_path, *look)
+
+
 def test_a_checkpoint_cannot_execute_code(tmp_path):
     class Evil:
         def __reduce__(self):
