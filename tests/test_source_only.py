@@ -237,7 +237,7 @@ def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
     torch.save({**saved, "method": "cpsl"}, tmp_path / "cpsl.pt")
     assert "a checkpoint of cpsl" in refused("cpsl.pt")
     assert "--toy-world 0; this run has --toy-world 1" in refused(start, "--toy-world", 1)
-    assert "--backbone resnet18; this run has --backbone vgg16" in refused(start, "--backbone", "vgg16")
+    assert "--backbone resnet14; this run has --backbone vgg16" in refused(start, "--backbone", "vgg16")
 
 
 def test_two_runs_cannot_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
