@@ -1,10 +1,11 @@
-"""What is hot, measured: each function against its textbook form, and each step of a method against plain self-training.
+"""What is hot, measured: each function against its textbook form, each step of a method against plain self-training.
 
     python tests/benchmark.py [--device cpu|cuda]
 
 Not a test: pytest does not collect this file, and no figure here is asserted anywhere. Every number is the median of
-several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds (on CUDA as the allocator tells
-it; on the CPU it is measured for SDCA's statistics alone, in processes of their own; their textbook form needs 6.3 GiB).
+several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds (on CUDA as the allocator
+tells it; on the CPU it is measured for SDCA's statistics alone, in processes of their own; their textbook form needs
+6.3 GiB).
 """
 
 import argparse
@@ -122,15 +123,19 @@ def class_sums_textbook(features, label, num_classes):
 
 
 def cpsl_equations(device):
-    """The sizes of the real task: 2 images, 19 classes, a bank of 65536 and 256 pixels per image, 65 x 129 grid positions."""
+    """The sizes of the real task: 2 images, 19 classes, a bank of 65536 and 256 pixels per image, a 65 x 129 grid."""
     C = 19
     scores, marginal = torch.rand(2, 65536 + 256, C, device=device) * 2 - 1, torch.rand(C, device=device).softmax(0)
     report("CPSL-6 Sinkhorn, 2 images with a full bank", lambda: cpsl.sinkhorn(scores, marginal),
            lambda: sinkhorn_textbook(scores, marginal), device)
     logits = torch.randn(2, C, 512, 1024, device=device, requires_grad=True)
     label = torch.randint(C, (2, 512, 1024), device=device)
-    report("CPSL-4 symmetric CE at 512x1024, forward and backward", lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
-           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
+    report(
+        "CPSL-4 symmetric CE at 512x1024, forward and backward",
+        lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
+        lambda: symmetric_cross_entropy_textbook(logits, label).backward(),
+        device,
+    )
     features, label = torch.randn(2, 2048, 65, 129, device=device), torch.randint(C, (2, 65, 129), device=device)
     report("CPSL class means of 2 feature maps", lambda: cpsl.class_sums(features, label, C),
            lambda: class_sums_textbook(features, label, C), device)
@@ -147,19 +152,30 @@ def drsl_equations(device):
     R = F.normalize(head.representatives, dim=2)
     report("DRSL distances, forward and backward", lambda: head.squared_distances(e).sum().backward(),
            lambda: squared_distances_textbook(e, R.detach().requires_grad_()).sum().backward(), device)
-    report("DRSL-9A alignment, forward and backward", lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
-           lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
+    report(
+        "DRSL-9A alignment, forward and backward",
+        lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
+        lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(),
+        device,
+    )
     confidence, label = torch.rand(2_000_000, device=device), torch.randint(C, (2_000_000,), device=device)
     report("DRSL-14 thresholds of 2 million pixels", lambda: drsl.class_thresholds(confidence, label, C, 0.3),
            lambda: thresholds_textbook(confidence, label, C, 0.3), device)
     pred, label = torch.randint(C, (1024, 2048), device=device), torch.randint(C, (1024, 2048), device=device)
     metric = common.MeanIoU(C)
-    report("confusion matrix at 1024x2048", lambda: metric.update(pred, label), lambda: confusion_textbook(pred, label, C), device)
+    report(
+        "confusion matrix at 1024x2048",
+        lambda: metric.update(pred, label),
+        lambda: confusion_textbook(pred, label, C),
+        device,
+    )
 
 
 def class_statistics_textbook(features, labels, classes):
     """SDCA-10 for one batch as ISDA wrote it down: every pixel spread over all classes, (n, C, D) tensors."""
-    member = F.one_hot(torch.where(labels == common.IGNORE, classes, labels), classes + 1)[:, :classes, None].to(features)  # (n, C, 1)
+    member = F.one_hot(torch.where(labels == common.IGNORE, classes, labels), classes + 1)[:, :classes, None].to(
+        features
+    )  # (n, C, 1)
     count = member.sum(0).clamp(min=1)  # (C, 1)
     spread = features[:, None] * member  # (n, C, D)
     mean = spread.sum(0) / count  # (C, D)
@@ -215,11 +231,15 @@ def statistics_form(textbook, device="cpu"):
 def peak_resident():
     """Peak resident bytes of this process. On Linux not ru_maxrss, which begins with what the parent process held."""
     status = Path("/proc/self/status")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) if status.exists() else common.peak_memory()
+    return (
+        1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+        if status.exists()
+        else common.peak_memory()
+    )
 
 
 def measure_alone(textbook, queue):
-    """For a process of its own: milliseconds (the faster of two calls) and peak GiB that the calls add to the process."""
+    """For a process of its own: milliseconds (the faster of two calls) and peak GiB that the calls add."""
     function = statistics_form(textbook)
     if Path("/proc/self/clear_refs").exists():  # Linux: the peak starts anew from what is in use now
         Path("/proc/self/clear_refs").write_text("5")
@@ -245,14 +265,21 @@ def sdca_equations(device):
             results.append(queue.get())
             process.join()
         (a, peak_a), (b, peak_b) = results
-        print(f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms   {b / a:6.1f} x faster   memory {peak_a:.3f} / {peak_b:.3f} GiB "
-              f"({peak_b / max(peak_a, 1e-3):.0f} x less)", flush=True)
+        print(
+            f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms   {b / a:6.1f} x faster   memory {peak_a:.3f} / {peak_b:.3f} "
+            f"GiB ({peak_b / max(peak_a, 1e-3):.0f} x less)",
+            flush=True,
+        )
     features, labels, C = one_feature_map(device)
     features.requires_grad_()
     known = sdca.ClassStatistics(C, features.shape[1])
     known.update(features, labels)
-    report("SDCA-5 bound, forward and backward", lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
-           lambda: bound_textbook(features, labels, known.mean, known.variance).backward(), device)
+    report(
+        "SDCA-5 bound, forward and backward",
+        lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
+        lambda: bound_textbook(features, labels, known.mean, known.variance).backward(),
+        device,
+    )
     prob = torch.randn(1, C, 512, 1024, device=device).softmax(1).requires_grad_()
     label = torch.randint(C, (1, 512, 1024), device=device)
     report("SDCA-1 Lovasz-softmax, forward and backward", lambda: sdca.lovasz_softmax(prob, label).backward(),
@@ -262,7 +289,7 @@ def sdca_equations(device):
 
 
 def filter_textbook(normalised, prob, thresholds):
-    """LSE-10 pixel by pixel, each deciding for itself which class it belongs to: the form of the authors' loop. numpy arrays."""
+    """LSE-10 pixel by pixel, each finding its class for itself: the form of the authors' loop. numpy arrays."""
     keep = np.zeros(normalised.shape, bool)
     for y in range(keep.shape[0]):
         for x in range(keep.shape[1]):
@@ -289,17 +316,34 @@ def ranking_textbook(prob):
 def lse_equations(device):
     """One target image of the real task: 512x1024, 19 classes."""
     C, H, W = 19, 512, 1024
-    logits = 3 * torch.randn(1, C, H // 8, W // 8, device=device).to(memory_format=torch.channels_last)  # as networks give them
+    logits = 3 * torch.randn(1, C, H // 8, W // 8, device=device).to(
+        memory_format=torch.channels_last
+    )  # as networks give them
     prob = common.upsample(logits, (H, W)).softmax(1)[0]
     label, thresholds = prob.argmax(0), torch.rand(C, device=device)
     normalised = lse.normalised_entropy(lse.pixel_entropy(prob), label)
     arrays = normalised.cpu().numpy(), prob.permute(1, 2, 0).contiguous().cpu().numpy(), thresholds.cpu().numpy()
-    report("LSE-10 filter of an image, predicted classes given", lambda: lse.keep_confident(normalised, label, thresholds),
-           lambda: filter_textbook(*arrays), device, runs=3)
-    report("LSE-10 filter of an image from its probabilities", lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds),
-           lambda: filter_textbook(*arrays), device, runs=3)
-    report("LSE-5, -7, -11 ranking statistics of an image", lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
-           lambda: ranking_textbook(arrays[1].tolist()), device, runs=3)
+    report(
+        "LSE-10 filter of an image, predicted classes given",
+        lambda: lse.keep_confident(normalised, label, thresholds),
+        lambda: filter_textbook(*arrays),
+        device,
+        runs=3,
+    )
+    report(
+        "LSE-10 filter of an image from its probabilities",
+        lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds),
+        lambda: filter_textbook(*arrays),
+        device,
+        runs=3,
+    )
+    report(
+        "LSE-5, -7, -11 ranking statistics of an image",
+        lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
+        lambda: ranking_textbook(arrays[1].tolist()),
+        device,
+        runs=3,
+    )
 
 
 # One step of each method on the same network and batch, against plain self-training: cross-entropy on both domains.
@@ -366,15 +410,25 @@ def drsl_step(model, x_s, y_s, x_t, y_t, precision):
                    lambda: drsl.step_losses(model, head, (x_s, y_s), (x_t, y_t), args, None))
 
 
-STEPS = {"plain self-training": plain_step, "LSE": lse_step, "CPSL": cpsl_step,
-         "CPSL with consistency": lambda *given: cpsl_step(*given, "--consistency"), "SDCA": sdca_step, "DRSL": drsl_step}
+STEPS = {
+    "plain self-training": plain_step,
+    "LSE": lse_step,
+    "CPSL": cpsl_step,
+    "CPSL with consistency": lambda *given: cpsl_step(*given, "--consistency"),
+    "SDCA": sdca_step,
+    "DRSL": drsl_step,
+}
 
 
 def steps(device, precision, backbone, size, batch, C=19, rounds=15):
     """Milliseconds of one step of plain self-training and of every method; batch norm is frozen."""
     images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
-    labels = [torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device).repeat_interleave(16, 1).repeat_interleave(16, 2)
-              for _ in range(2)]
+    labels = [
+        torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device)
+        .repeat_interleave(16, 1)
+        .repeat_interleave(16, 2)
+        for _ in range(2)
+    ]
     functions = []
     for form in STEPS.values():
         model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
@@ -393,8 +447,12 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where"
+    )
     args = parser.parse_args()
     print(common.versions())
     for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):

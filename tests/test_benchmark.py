@@ -1,4 +1,4 @@
-"""benchmark.py still fits the functions that it measures (its figures are tested nowhere), and no step waits for a GPU."""
+"""benchmark.py still fits the functions that it measures (its figures are tested nowhere); no step waits for a GPU."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ def test_every_step_can_be_measured(capsys):
 
 @pytest.mark.parametrize("name", benchmark.STEPS)
 def test_no_step_waits_for_the_device(monkeypatch, name):
-    """Tensors on the device "meta" have shapes but no values, so a step that reads one, or has a shape that depends on one, fails.
+    """Tensors on the device "meta" have shapes but no values, so a step that reads one, or whose shape depends on one, fails.
 
     On a GPU the same step would wait there until everything before it is computed.
     """
@@ -31,6 +31,10 @@ def test_no_step_waits_for_the_device(monkeypatch, name):
     step = benchmark.STEPS[name](model, image, label, image, label, "fp32")
     step()
     step()
-    for waits in (torch.Tensor.item, torch.nonzero, lambda values: values[values > 0]):  # or else this test could not fail
+    for waits in (
+        torch.Tensor.item,
+        torch.nonzero,
+        lambda values: values[values > 0],
+    ):  # or else this test could not fail
         with pytest.raises((RuntimeError, NotImplementedError)):
             waits(torch.zeros(3, device="meta"))

@@ -27,9 +27,21 @@ def real_checkpoint(folder, source="synthia"):
     torch.manual_seed(0)
     classes = common.task_classes(source)
     model = common.DeepLabV2(len(classes), "resnet18")
-    torch.save({"method": "source_only", "source": source, "toy_world": 0, "toy_images": 400, "backbone": "resnet18",
-                "size": [32, 64], "classes": list(classes), "network": "deeplab", "step": 0, "model": model.state_dict()},
-               folder / f"{source}.pt")
+    torch.save(
+        {
+            "method": "source_only",
+            "source": source,
+            "toy_world": 0,
+            "toy_images": 400,
+            "backbone": "resnet18",
+            "size": [32, 64],
+            "classes": list(classes),
+            "network": "deeplab",
+            "step": 0,
+            "model": model.state_dict(),
+        },
+        folder / f"{source}.pt",
+    )
     return model
 
 
@@ -44,14 +56,30 @@ def test_table_json_and_panel(toy):
     assert Image.open(toy / "p.png").width == 4 * 324 - 4  # image | truth | a | b
     written = json.loads((toy / "a/result.json").read_text())["columns"]["source only"]
     assert table["a/last"]["iou"] == pytest.approx(written["iou"], nan_ok=True)  # the number of the run itself
-    assert result(toy / "a")["miou"] == pytest.approx(table["a/last"]["miou"]) and result(toy / "a")["own"] == "source only"
+    assert (
+        result(toy / "a")["miou"] == pytest.approx(table["a/last"]["miou"])
+        and result(toy / "a")["own"] == "source only"
+    )
 
 
 def test_other_worlds_and_splits(toy, tmp_path):
     """A checkpoint remembers its world; the train split is scored with labels that training never opened."""
     run(tmp_path, "source_only.py", *TINY, "--toy-world", 1, "--iterations", 2, "--out", "w")
     for split in ("val", "train"):
-        run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--precision", "fp32", "--split", split, "--flip", "--json", f"{split}.json")
+        run(
+            tmp_path,
+            "evaluate.py",
+            "w/last.pt",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--split",
+            split,
+            "--flip",
+            "--json",
+            f"{split}.json",
+        )
     run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--json", "plain.json")
     tables = {name: json.loads((tmp_path / f"{name}.json").read_text())["w/last"] for name in ("val", "train", "plain")}
     assert tables["plain"]["iou"] == result(tmp_path / "w")["columns"]["source only"]["iou"]
@@ -69,7 +97,19 @@ def test_scales_and_flip_change_the_numbers_a_little(toy):
 def test_export_speaks_cityscapes(tmp_path):
     write_cityscapes(tmp_path, splits=("val",))
     model = real_checkpoint(tmp_path).eval()
-    run(tmp_path, "evaluate.py", "synthia.pt", "--data-root", tmp_path, "--export", "out", "--precision", "fp32", "--json", "t.json")
+    run(
+        tmp_path,
+        "evaluate.py",
+        "synthia.pt",
+        "--data-root",
+        tmp_path,
+        "--export",
+        "out",
+        "--precision",
+        "fp32",
+        "--json",
+        "t.json",
+    )
     names = [f"{city}_{i:06d}_000019" for city in ("aachen", "bonn") for i in range(3)]
     assert {p.name for p in (tmp_path / "out/labelIds").iterdir()} == {f"{n}_pred_labelIds.png" for n in names}
     assert {p.name for p in (tmp_path / "out/color").iterdir()} == {f"{n}_pred_color.png" for n in names}
@@ -79,7 +119,9 @@ def test_export_speaks_cityscapes(tmp_path):
     pairs = []
     for name in names:
         ids = np.array(Image.open(tmp_path / f"out/labelIds/{name}_pred_labelIds.png"))
-        truth = np.array(Image.open(tmp_path / f"cityscapes/gtFine/val/{name.split('_')[0]}/{name}_gtFine_labelIds.png"))
+        truth = np.array(
+            Image.open(tmp_path / f"cityscapes/gtFine/val/{name.split('_')[0]}/{name}_gtFine_labelIds.png")
+        )
         assert ids.shape == truth.shape == (64, 128) and set(np.unique(ids)) <= set(common.label_ids(common.SYNTHIA_16))
         pairs.append((ids, truth))
     predicted, truth = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
@@ -92,7 +134,9 @@ def test_export_speaks_cityscapes(tmp_path):
             assert table["iou"][name] is None
 
     item = common.Cityscapes(tmp_path, "val", size=(32, 64), classes=common.SYNTHIA_16)[0]
-    prediction = common.predict(model, item["image"][None], (64, 128), argparse.Namespace(device="cpu", precision="fp32")).argmax(1)[0]
+    prediction = common.predict(
+        model, item["image"][None], (64, 128), argparse.Namespace(device="cpu", precision="fp32")
+    ).argmax(1)[0]
     colours = np.array(Image.open(tmp_path / f"out/color/{names[0]}_pred_color.png"))
     assert np.array_equal(colours, common.palette(common.SYNTHIA_16)[prediction.numpy()])
 
@@ -117,7 +161,18 @@ def test_pictures_of_ones_own(toy, tmp_path):
     turned[0x0112] = 6  # the camera was held on its side
     Image.fromarray(pixels).save(tmp_path / "album/deep/turned.jpeg", exif=turned)
     (tmp_path / "album/notes.txt").write_text("no picture")
-    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album", "--device", "cpu", "--panel", "panel.png")
+    out = run(
+        tmp_path,
+        "evaluate.py",
+        toy / "a/last.pt",
+        "--images",
+        "holiday.jpg",
+        "album",
+        "--device",
+        "cpu",
+        "--panel",
+        "panel.png",
+    )
     assert "3 pictures" in out
     sizes = {"holiday": (133, 99), "street": (140, 100), "turned": (100, 140)}
     for kind, suffix in (("labelIds", "pred_labelIds"), ("color", "pred_color"), ("overlay", "overlay")):
@@ -139,8 +194,10 @@ def test_pictures_of_ones_own(toy, tmp_path):
     same = ["--device", "cpu", "--precision", "fp32"]
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "scene.png", "--export", "one", *same)
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--export", "all", *same)
-    one, scored = (np.array(Image.open(tmp_path / path)) for path in ("one/labelIds/scene_pred_labelIds.png",
-                                                                      "all/labelIds/toy_target_val_0002_pred_labelIds.png"))
+    one, scored = (
+        np.array(Image.open(tmp_path / path))
+        for path in ("one/labelIds/scene_pred_labelIds.png", "all/labelIds/toy_target_val_0002_pred_labelIds.png")
+    )
     assert (one == scored).mean() > 0.999
     for wrong, word in (("nowhere", "nowhere"), (".stdout", ".stdout"), ("predictions/empty", "no picture found")):
         (tmp_path / "predictions/empty").mkdir(exist_ok=True)
@@ -148,7 +205,9 @@ def test_pictures_of_ones_own(toy, tmp_path):
 
 
 def test_label_ids_are_those_of_the_official_scripts():
-    labels = pytest.importorskip("cityscapesscripts.helpers.labels", reason="the official cityscapesScripts are not installed")
+    labels = pytest.importorskip(
+        "cityscapesscripts.helpers.labels", reason="the official cityscapesScripts are not installed"
+    )
     ids = {label.name: label.id for label in labels.labels}
     assert [ids[name] for name in common.CLASSES] == common.label_ids(common.CLASSES)
 
@@ -163,7 +222,19 @@ def test_the_official_evaluator_gives_our_numbers(tmp_path):
         torch.nn.init.normal_(branch.weight, std=1.0)  # predictions of many classes
     checkpoint = torch.load(tmp_path / "gta5.pt", weights_only=True)
     torch.save({**checkpoint, "model": model.state_dict()}, tmp_path / "gta5.pt")
-    run(tmp_path, "evaluate.py", "gta5.pt", "--data-root", tmp_path, "--export", "out", "--precision", "fp32", "--json", "t.json")
+    run(
+        tmp_path,
+        "evaluate.py",
+        "gta5.pt",
+        "--data-root",
+        tmp_path,
+        "--export",
+        "out",
+        "--precision",
+        "fp32",
+        "--json",
+        "t.json",
+    )
     predictions = sorted(str(path) for path in (tmp_path / "out/labelIds").iterdir())
     truths = sorted(str(path) for path in (tmp_path / "cityscapes/gtFine/val").rglob("*_labelIds.png"))
     official.args.evalInstLevelScore, official.args.JSONOutput, official.args.quiet = False, False, True
@@ -188,9 +259,16 @@ def test_bad_input_is_one_line(toy, tmp_path):
                                    for key, value in saved["model"].items()}}, tmp_path / "nan.pt")
     assert "nan.pt: holds weights that are not finite" in run(tmp_path, "evaluate.py", "nan.pt", ok=False)
     torch.save({**saved, "size": ["x"], "classes": 3}, tmp_path / "odd.pt")
-    assert "odd.pt: not a checkpoint of this project (no proper classes, size in it)" in run(tmp_path, "evaluate.py", "odd.pt", ok=False)
+    assert "odd.pt: not a checkpoint of this project (no proper classes, size in it)" in run(
+        tmp_path, "evaluate.py", "odd.pt", ok=False
+    )
     (tmp_path / "file").write_text("")
-    for flag, path in (("--json", "file/t.json"), ("--panel", "file/p.png"), ("--export", "file/out"), ("--export", "file")):
+    for flag, path in (
+        ("--json", "file/t.json"),
+        ("--panel", "file/p.png"),
+        ("--export", "file/out"),
+        ("--export", "file"),
+    ):
         assert "file" in run(tmp_path, "evaluate.py", toy / "a/last.pt", flag, path, ok=False)
     assert ".png" in run(tmp_path, "evaluate.py", "synthia.pt", "--panel", "picture", ok=False)
 
@@ -201,13 +279,20 @@ def test_summary_over_seeds(tmp_path):
             folder = tmp_path / f"{method}{i}"
             folder.mkdir()
             columns = {"source only": {"miou": source, "miou13": source + 1}, method: {"miou": own, "rare": own / 2}}
-            (folder / "result.json").write_text(json.dumps({"own": method, "columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10}))
+            (folder / "result.json").write_text(
+                json.dumps({"own": method, "columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10})
+            )
             (folder / "args.json").write_text(json.dumps({"seed": i}))
     folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
     header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()
-    assert header == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | histogram distance % | recall, rare looks | seconds | GB |"
+    assert (
+        header
+        == "| | seeds | mIoU | mIoU, 13 | mIoU, rare | histogram distance % | recall, rare looks | seconds | GB |"
+    )
     assert source == "| source only | 3 | 32.0 ± 2.0 | 33.0 ± 2.0 | - | - | - | - | - |"
-    assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | - | 101 | 1.2 |" and lse.startswith("| LSE | 3 | 32.0 ± 2.0 |")
+    assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | - | 101 | 1.2 |" and lse.startswith(
+        "| LSE | 3 | 32.0 ± 2.0 |"
+    )
     (tmp_path / "LSE0/args.json").write_text(json.dumps({"seed": 1}))  # now seed 1 has two source-only models
     assert "another result" in run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
     assert "result.json" in run(tmp_path, "evaluate.py", "--summary", "DRSL0", "gone", ok=False)
@@ -220,8 +305,19 @@ def test_differences_are_paired_by_seed(tmp_path):
             folder = tmp_path / f"{name}-{seed}"
             folder.mkdir()
             meters = {"modes": 2.0 + seed} if name == "drsl" else {}
-            (folder / "result.json").write_text(json.dumps({"own": name, "columns": {}, "seconds": 1, "peak_memory_gb": 1, "miou": value,
-                                                            "rare": None if seed else 3.0, "meters": meters}))
+            (folder / "result.json").write_text(
+                json.dumps(
+                    {
+                        "own": name,
+                        "columns": {},
+                        "seconds": 1,
+                        "peak_memory_gb": 1,
+                        "miou": value,
+                        "rare": None if seed else 3.0,
+                        "meters": meters,
+                    }
+                )
+            )
             (folder / "args.json").write_text(json.dumps({"seed": seed}))
     a, b = ([f"{name}-{seed}" for seed in range(3)] for name in ("drsl", "plain"))
     header, _, row = run(tmp_path, "evaluate.py", "--summary", *a, "--against", *b).splitlines()

@@ -62,10 +62,31 @@ def test_segmentation_loss_against_a_loop():
 
 def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, monkeypatch):
     """The loop's wires: training mode, the schedule's rate, the criterion it is given, the labels of the batch."""
-    args = argparse.Namespace(source="toy", toy_world=0, toy_images=4, backbone="resnet18", backbone_weights="none",
-                              size=(32, 64), source_size=(32, 64), crop=(32, 64), scale_jitter=[1.0, 1.0], batch_norm="live",
-                              optimizer="sgd", head_lr=10.0, batch_size=2, seed=0, device="cpu", precision="fp32", workers=0,
-                              log_every=1, save_every=100, val_every=0, out=str(tmp_path / "run"), resume=False, data_root=None)
+    args = argparse.Namespace(
+        source="toy",
+        toy_world=0,
+        toy_images=4,
+        backbone="resnet18",
+        backbone_weights="none",
+        size=(32, 64),
+        source_size=(32, 64),
+        crop=(32, 64),
+        scale_jitter=[1.0, 1.0],
+        batch_norm="live",
+        optimizer="sgd",
+        head_lr=10.0,
+        batch_size=2,
+        seed=0,
+        device="cpu",
+        precision="fp32",
+        workers=0,
+        log_every=1,
+        save_every=100,
+        val_every=0,
+        out=str(tmp_path / "run"),
+        resume=False,
+        data_root=None,
+    )
     model, seen = common.build_model(args), []
     run_folder = common.Run("source_only", args)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,11 +96,14 @@ def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, m
         seen.append((model.training, tuple(logits.shape), tuple(label.shape)))
         return 3 * source_only.segmentation_loss(logits, label)
 
-    source_only.train_source(model, common.source_dataset(args, common.training_augment(args)), args, run_folder, "x.pt", 2, 0.5,
-                             criterion)
+    source_only.train_source(
+        model, common.source_dataset(args, common.training_augment(args)), args, run_folder, "x.pt", 2, 0.5, criterion
+    )
     assert seen == [(True, (2, 16, 5, 9), (2, 32, 64))] * 2
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in lines] == [0.5, 0.5 * 0.5 ** 0.9] and lines[0]["loss"] == pytest.approx(3 * 2.77, abs=0.4)
+    assert [line["lr"] for line in lines] == [0.5, 0.5 * 0.5**0.9] and lines[0]["loss"] == pytest.approx(
+        3 * 2.77, abs=0.4
+    )
     still = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert not still  # every weight and every statistic moves
     assert torch.load(tmp_path / "run/x.pt", weights_only=True)["step"] == 2
@@ -88,7 +112,14 @@ def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, m
 def test_run_folder(tmp_path):
     out = run(tmp_path, "source_only.py", *TINY, "--iterations", 3)
     folder = tmp_path / "runs/source_only-toy-s0"
-    assert {p.name for p in folder.iterdir()} == {".lock", "args.json", "log.jsonl", "last.pt", "panel.png", "result.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock",
+        "args.json",
+        "log.jsonl",
+        "last.pt",
+        "panel.png",
+        "result.json",
+    }
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["loss"] > 0 for line in lines)
     scores = result(folder)
@@ -132,25 +163,53 @@ def test_sigkill_and_resume_give_the_same_weights(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     arguments = ["source_only.py", *TINY, "--iterations", 500, "--save-every", 500, "--out", "run"]
-    code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "run", "source", 3), *arguments, with_signal=signal.SIGINT)
+    code, errors = kill_when(
+        tmp_path, lambda: logged(tmp_path / "run", "source", 3), *arguments, with_signal=signal.SIGINT
+    )
     assert code == 1 and "--resume" in errors and "Traceback" not in errors
     assert 3 <= torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] < 500
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
-    message = run(tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False)
+    message = run(
+        tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False
+    )
     assert re.search(r"(source step \d+|last.pt): .*not finite", message)  # whichever the first step breaks
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"] if (tmp_path / "run/last.pt").exists() else {}
+    saved = (
+        torch.load(tmp_path / "run/last.pt", weights_only=True)["model"] if (tmp_path / "run/last.pt").exists() else {}
+    )
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
 def test_torchrun_gives_the_single_process_result(tmp_path):
     """VGG16, because torch synchronises live batch norm on GPUs only."""
-    arguments = ["source_only.py", *TINY, "--precision", "fp32", "--optimizer", "sgd", "--backbone", "vgg16", "--lr", 0.02]
+    arguments = [
+        "source_only.py",
+        *TINY,
+        "--precision",
+        "fp32",
+        "--optimizer",
+        "sgd",
+        "--backbone",
+        "vgg16",
+        "--lr",
+        0.02,
+    ]
     run(tmp_path, *arguments, "--iterations", 1, "--lr", 1e-9, "--out", "start")
     run(tmp_path, *arguments, "--iterations", 3, "--out", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    *command(*arguments, "--iterations", 3, "--out", "two")[1:]], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            *command(*arguments, "--iterations", 3, "--out", "two")[1:],
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     assert trained_alike(tmp_path / "start/last.pt", tmp_path / "one/last.pt", tmp_path / "two/last.pt")
     assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=1)
 
@@ -168,7 +227,19 @@ def test_real_formats(tmp_path):
     write_synthia(tmp_path)
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
-    small = ["--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", "--workers", 1, "--iterations", 2, *TINY]
+    small = [
+        "--data-root",
+        tmp_path,
+        "--backbone",
+        "resnet18",
+        "--backbone-weights",
+        "none",
+        "--workers",
+        1,
+        "--iterations",
+        2,
+        *TINY,
+    ]
     for source, classes in (("synthia", 16), ("gta5", 19)):
         for oracle in ([], ["--oracle"]):
             run(tmp_path, "source_only.py", "--source", source, *small, *oracle)
@@ -181,7 +252,19 @@ def test_real_formats(tmp_path):
 
 @pytest.mark.parametrize("backbone", ["vgg16", "vgg16-fcn8s"])
 def test_networks_without_batch_norm(tmp_path, backbone):
-    run(tmp_path, "source_only.py", *TINY, "--backbone", backbone, "--optimizer", "sgd", "--iterations", 1, "--out", "run")
+    run(
+        tmp_path,
+        "source_only.py",
+        *TINY,
+        "--backbone",
+        backbone,
+        "--optimizer",
+        "sgd",
+        "--iterations",
+        1,
+        "--out",
+        "run",
+    )
     assert list(result(tmp_path / "run")["columns"]) == ["source only"]
     run(tmp_path, "evaluate.py", "run/last.pt", "--device", "cpu", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
@@ -193,14 +276,36 @@ def test_bad_input_is_one_line(tmp_path):
         return run(tmp_path, script, *TINY, *arguments, ok=False, **environment)
 
     assert "--data-root" in run(tmp_path, "source_only.py", "--source", "gta5", ok=False)
-    assert "GTA5" in run(tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False)
+    assert "GTA5" in run(
+        tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False
+    )
     assert "--source" in refused("--data-root", tmp_path, "--out", "a")
     assert "--crop 64x64" in refused("--crop", "64x64", "--out", "b")
-    for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--seed", 2**64], ["--size", "64"],
-                  ["--size", "60x90"], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"], ["--head-lr", 0], ["--scale-jitter", 2, 1],
-                  ["--scale-jitter", 0, 1], ["--batch-size", 1.5]):
+    for flags in (
+        ["--log-every", 0],
+        ["--save-every", 0],
+        ["--iterations", 0],
+        ["--seed", -1],
+        ["--seed", 2**64],
+        ["--size", "64"],
+        ["--size", "60x90"],
+        ["--lr", -1],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--head-lr", 0],
+        ["--scale-jitter", 2, 1],
+        ["--scale-jitter", 0, 1],
+        ["--batch-size", 1.5],
+    ):
         assert flags[0] in refused(*flags, "--out", "d")
-    for flags in (["--ema", 2], ["--temperature", 0], ["--epsilon", -1], ["--alpha", "nan"], ["--lambda-sl", -1], ["--confidence", 1.5]):
+    for flags in (
+        ["--ema", 2],
+        ["--temperature", 0],
+        ["--epsilon", -1],
+        ["--alpha", "nan"],
+        ["--lambda-sl", -1],
+        ["--confidence", 1.5],
+    ):
         assert flags[0] in refused(*flags, "--out", "d", script="cpsl.py")
     for flags in (["--tau", 0], ["--tau", -5], ["--theta", 2], ["--delta", -0.1], ["--lambda-feat", -1]):
         assert flags[0] in refused(*flags, "--out", "d", script="sdca.py")
@@ -222,8 +327,22 @@ def test_bad_input_is_one_line(tmp_path):
 
 def test_the_target_is_looked_at_before_training(tmp_path):
     write_synthia(tmp_path)
-    message = run(tmp_path, "source_only.py", "--source", "synthia", "--data-root", tmp_path, "--backbone-weights", "none",
-                  "--backbone", "resnet18", *TINY, "--out", "run", ok=False)
+    message = run(
+        tmp_path,
+        "source_only.py",
+        "--source",
+        "synthia",
+        "--data-root",
+        tmp_path,
+        "--backbone-weights",
+        "none",
+        "--backbone",
+        "resnet18",
+        *TINY,
+        "--out",
+        "run",
+        ok=False,
+    )
     assert "cityscapes: no such folder" in message and not (tmp_path / "run").exists()
 
 
