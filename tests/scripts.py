@@ -17,7 +17,18 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).parent.parent
-TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
+TINY = [
+    "--device",
+    "cpu",
+    "--size",
+    "32x64",
+    "--toy-images",
+    "24",
+    "--batch-size",
+    "2",
+    "--log-every",
+    "1",
+]  # one step takes a moment
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # inherited by every run
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 SERVER = multiprocessing.get_context("forkserver")
@@ -81,8 +92,19 @@ def start_two(folder, script, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank in "01"]
+    return [
+        start(
+            folder,
+            script,
+            *arguments,
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in "01"
+    ]
 
 
 def run_as_two(folder, script, *arguments):
@@ -106,7 +128,10 @@ def trained_alike(begun, one, two, tolerance=0.3):
     for key in trained:
         moved, apart = ((x[key].double() - b[key].double()).norm().item() for x in (a, c))
         assert apart < tolerance * moved, f"{key}: moved {moved}, apart {apart}"
-    stages = [[json.loads(line)["stage"] for line in (Path(path).parent / "log.jsonl").read_text().splitlines()] for path in (one, two)]
+    stages = [
+        [json.loads(line)["stage"] for line in (Path(path).parent / "log.jsonl").read_text().splitlines()]
+        for path in (one, two)
+    ]
     assert stages[0] == stages[1], "only one process writes"
     return True
 

@@ -902,7 +902,7 @@ def fcn8s():
 
 
 def test_fcn8s_against_its_description(fcn8s):
-    """The network again as one functional chain: VGG16's layers, fc6 as a 7x7 convolution, scores, upsampling, crops."""
+    """The network again as a functional chain: VGG16's layers, fc6 as a 7x7 convolution, scores, upsampling, crops."""
     image = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
     convs = [m for stage in fcn8s.backbone for m in stage if isinstance(m, torch.nn.Conv2d)]
     assert len(convs) == 15 and sum(isinstance(m, torch.nn.Dropout2d) for m in fcn8s.modules()) == 2

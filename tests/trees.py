@@ -32,12 +32,16 @@ def write_png16(path, pixels, filters=(0, 1, 2, 3, 4)):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    )
 
 
 def picture(label, rng):
     """An image in which every id has its own grey, so that a network can learn something from it."""
-    image = np.repeat((np.asarray(label, np.float32) * 37 % 256)[:, :, None], 3, 2) + rng.normal(0, 6, (*label.shape, 3))
+    image = np.repeat((np.asarray(label, np.float32) * 37 % 256)[:, :, None], 3, 2) + rng.normal(
+        0, 6, (*label.shape, 3)
+    )
     return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
 
 
@@ -96,8 +100,14 @@ needs_streets = pytest.mark.skipif(not (STREETS.exists() and WEIGHTS.exists()),
 
 def link_streets(root, count=12):
     """A tree of links to the first photographs of each set, with their labels."""
-    for folder in ("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", "cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val",
-                   "cityscapes/gtFine/train", "cityscapes/gtFine/val"):
+    for folder in (
+        "RAND_CITYSCAPES/RGB",
+        "RAND_CITYSCAPES/GT/LABELS",
+        "cityscapes/leftImg8bit/train",
+        "cityscapes/leftImg8bit/val",
+        "cityscapes/gtFine/train",
+        "cityscapes/gtFine/val",
+    ):
         for path in sorted((STREETS / folder).rglob("*.png"))[:count]:
             link = root / path.relative_to(STREETS)
             link.parent.mkdir(parents=True, exist_ok=True)
