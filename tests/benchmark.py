@@ -266,7 +266,7 @@ def sdca_equations(device):
             process.join()
         (a, peak_a), (b, peak_b) = results
         print(
-            f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms  {b / a:6.1f} x faster   memory {peak_a:.3f} / {peak_b:.3f} "
+            f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms  {b / a:6.1f} x faster  memory {peak_a:.3f} / {peak_b:.3f} "
             f"GiB ({peak_b / max(peak_a, 1e-3):.0f} x less)",
             flush=True,
         )

@@ -18,7 +18,7 @@ def test_every_step_can_be_measured(capsys):
 
 @pytest.mark.parametrize("name", benchmark.STEPS)
 def test_no_step_waits_for_the_device(monkeypatch, name):
-    """Tensors on the device "meta" have shapes but no values, so a step that reads one, or needs one for a shape, fails.
+    """Tensors on the device "meta" have shapes, no values, so a step that reads one, or needs one for a shape fails.
 
     On a GPU the same step would wait there until everything before it is computed.
     """
