@@ -1,6 +1,7 @@
 """cpsl.py: every equation against an independent computation, every wire of a training step and of main().
 
-P1 to P15 are properties of the method that can be checked without its data; the numbers are closed forms or hand values.
+P1 to P15 are properties of the method that can be checked without its data; the numbers are closed forms or hand
+values.
 """
 
 import argparse
@@ -583,7 +584,7 @@ def test_learning_rates():  # P14
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len([*model.parameters()]) + 1
 
 
-# ---------------------------------------------------- does it work? ----------------------------------------------------
+# -------------------------------------------------- does it work? --------------------------------------------------
 
 
 def test_self_labels_recover_a_tail_that_the_pseudo_labels_miss():  # P15
@@ -658,7 +659,7 @@ class Step:
         self.past = F.normalize(randn(past, 6, seed=43), dim=1)
         self.bank = MemoryBank(size, 6)
         self.bank.push(self.past)
-        self.x_s, self.x_t = (randn(2, 3, 32, 64, seed=s).requires_grad_() for s in (51, 52))
+        self.x_s, self.x_t = (randn(2, 3, 32, 64, seed=s) for s in (51, 52))
         self.y_s = labels(2, 32, 64, classes=5, seed=53)
         self.y_s[:, :, :20] = 255
 
@@ -670,13 +671,14 @@ class Step:
     def expected(self):
         """{term: value} and what the bank holds afterwards, in float64 and without the functions under test."""
         args, up = self.args, lambda maps: common.upsample(maps.double(), (32, 64))
-        (features_e, _), (_, logits_w), (_, logits_s) = self.teacher(self.x_t), self.warm(self.x_t), self.network(self.x_s)
-        _, logits_t = self.network(self.x_t)
+        (features_e, _), (_, logits_w) = self.teacher(self.x_t), self.warm(self.x_t)
+        (_, logits_s), (_, logits_t) = self.network(self.x_s), self.network(self.x_t)
         view = cpsl.strong_view(self.x_t, args.seed, 8, self.step)
         features_v, _ = self.network(view)
 
         def cosine(features, prototypes):
-            return torch.cosine_similarity(features.double()[:, None], prototypes.double()[None, :, :, None, None], dim=2)
+            prototypes = prototypes.double()[None, :, :, None, None]
+            return torch.cosine_similarity(features.double()[:, None], prototypes, dim=2)
 
         p_st, cosine_e = up(logits_w).softmax(1), cosine(features_e, self.teacher_head.prototypes)
         fixed = p_st.argmax(1)
@@ -686,7 +688,7 @@ class Step:
                   "sce_t": (args.alpha * -log_p - args.beta * math.log(1e-4) * (1 - log_p.exp())).mean().item()}
         values["loss"] = values["ce_s"] + values["sce_t"]
         if not args.rectify:
-            return values, self.past
+            return values, self.past.double()
         # Which 32 pixels: all of them. Fewer: see the tests of pick_pixels.
         u = torch.rand(2, 4, 8, generator=common.generator(args, 7, self.step))
         position = pick_pixels(common.grid_labels(y, (4, 8)), args.pixels, u, args.sampling == "proportional")
@@ -957,15 +959,17 @@ def test_label_meters_are_the_miou_of_the_target_train_labels(trained):
             cosine_e = teacher_head.cosine(teacher.eval()(item["image"][None])[0])
         p_sl = (common.upsample(cosine_e, (32, 64)) / 0.08).softmax(1)
         for name, prob in (("labels_rectified", p_sl * p_st), ("labels_fixed", p_st)):
-            for true, guess in zip(item["label"].flatten().tolist(), prob.argmax(1).flatten().tolist()):
-                if true != 255:
-                    confusion[name][true, guess] += 1
+            true, guess = item["label"].flatten(), prob.argmax(1).flatten()
+            np.add.at(confusion[name].numpy(), (true[true != 255].numpy(), guess[true != 255].numpy()), 1)
     for name, table in confusion.items():
         hit, present = table.diagonal(), table.sum(1) > 0
         iou = hit / (table.sum(0) + table.sum(1) - hit)
+        rare = torch.tensor([title in common.RARE for title in common.SYNTHIA_16]) & present
+        assert rare.any()
         assert meters[name] == pytest.approx(100 * iou[present].mean().item(), abs=0.02)
+        assert meters[f"{name}_rare"] == pytest.approx(100 * iou[rare].mean().item(), abs=0.02)
     assert meters["labels_rectified"] != meters["labels_fixed"]
-    assert set(meters) == {"prototype_cosine", *confusion}
+    assert set(meters) == {*METERS, "labels_rectified_rare", "labels_fixed_rare"}
 
 
 def test_distillation_labels_are_the_flip_averaged_sure_ones(trained, tmp_path):
@@ -1065,6 +1069,9 @@ SGD = ["--optimizer", "sgd", "--lr", 0.01, "--head-scale", 3, "--prototype-scale
        "--distill-lr", 0.004, "--ema", 0.8, "--precision", "fp32"]
 
 
+METERS = {"prototype_cosine", "labels_rectified", "labels_fixed"}
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -1133,6 +1140,7 @@ def watched(folder, start, *flags, unit=True):
         return pull(true_distil(network, teacher, source, target, args), network.module)
 
     true_step, true_distil, before = cpsl.step_losses, cpsl.distill_losses, []
+    true_settle, true_build = common.settle_batch_norm, cpsl.build_model
     with pytest.MonkeyPatch.context() as patch:
         def around(module, name, look):
             """Calls `look` with the arguments of every call of a function, then the function."""
@@ -1142,8 +1150,11 @@ def watched(folder, start, *flags, unit=True):
         patch.setattr(cpsl, "step_losses", first)
         patch.setattr(cpsl, "distill_losses", distil)
         patch.setattr(common, "distribute", Distributed)
-        around(common, "settle_batch_norm", lambda model, views, args: note(
-            "settle", domain=views.domain, split=views.split, augmented=views.augment is not None))
+        # Both leave a model in evaluation mode, which no training loop may rely upon.
+        patch.setattr(common, "settle_batch_norm", lambda model, views, args: (
+            note("settle", model=model, domain=views.domain, split=views.split, augmented=views.augment is not None),
+            true_settle(model, views, args), model.eval()))
+        patch.setattr(cpsl, "build_model", lambda args: true_build(args).eval())
         around(cpsl, "prepare", lambda warm, head, args: note(
             "prepare", start=weights(warm), live=len(common.live_batch_norms(warm))))
         around(cpsl, "make_optimizer_with_prototypes", lambda model, head, args: note(
@@ -1181,9 +1192,12 @@ def main_on_target(tmp_path_factory, start):
 
 def test_main_settles_batch_norm_before_all_that_depends_on_it(main_on_target, start):
     folder, events = main_on_target
-    assert order(events) == ["settle", "prepare", "optimizer", *["step"] * 4, "settle", "measure",
+    assert order(events) == ["settle", "prepare", "optimizer", *["step"] * 4, "settle", "settle", "measure",
                              *["label", "distil", "distil", "settle"] * 2, "compare"]
     assert all((s["domain"], s["split"], s["augmented"]) == ("target", "train", True) for s in only(events, "settle"))
+    given = only(events, "step")[0]["given"]
+    first, last, momentum = [settled["model"] for settled in only(events, "settle")[:3]]
+    assert first is last is given["model"] and momentum is given["teacher"]
     assert only(events, "prepare")[0]["live"] == only(events, "optimizer")[0]["live"] == 0
     prepared, given = only(events, "prepare")[0]["start"], load(start)["model"]
     differ = {key for key in given if not torch.equal(given[key], prepared[key])}
@@ -1259,10 +1273,10 @@ def test_main_steps_down_the_gradient_of_the_total_with_the_rates_of_the_schedul
     assert learning == {name for name, p in common.DeepLabV2(16, "resnet14").named_parameters()
                         if p.ndim == 4 or name.startswith("classifier")}
     checks = 0
-    for part, scales in (("model", lambda name: (3 if name.startswith("classifier") else 1) if name in learning else None),
-                         ("head", lambda name: 7 if name == "prototypes" else None)):
+    scale = {name: 3 if name.startswith("classifier") else 1 for name in learning} | {"prototypes": 7}
+    for part in ("model", "head"):
         states = [step["before"][part] for step in steps] + [saved[part]]
-        for name, expected, actual in follow(states, rates, scales):
+        for name, expected, actual in follow(states, rates, scale.get):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=name)
             checks += 1
     assert checks == 4 * (len(learning) + 1)
@@ -1292,7 +1306,7 @@ def test_main_measures_and_compares_what_it_trained(main_on_target, start):
     assert list(compared["models"]) == ["CPSL"]
     assert same(dict(compared["models"]["CPSL"]), dict(load(folder / "last.pt")["model"]))
     assert same(dict(compared["source"]), dict(load(start)["model"]))
-    assert set(compared["meters"]) == {"prototype_cosine", "labels_rectified", "labels_fixed"}
+    assert METERS <= set(compared["meters"]) and compared["meters"]["prototype_cosine"] < 1
 
 
 def test_main_distils_twice_each_time_into_a_fresh_student(main_on_target):
@@ -1327,7 +1341,9 @@ def test_main_distils_twice_each_time_into_a_fresh_student(main_on_target):
 def test_main_with_live_batch_norm(tmp_path, start):
     """The warm-up model keeps the target's statistics; the network's move, and its momentum copy takes them over."""
     events = watched(tmp_path / "run", start, "--batch-norm", "live", "--iterations", 2, "--marginal", "uniform", *SGD)
-    assert order(events) == ["settle", "prepare", "optimizer", "step", "step", "settle", "measure", "compare"]
+    assert order(events) == ["settle", "prepare", "optimizer", "step", "step", "settle", "settle", "measure", "compare"]
+    measured = only(events, "measure")[0]["frozen"][1]
+    assert measured["backbone.1.num_batches_tracked"] == 12  # of the momentum network's own weights
     prepare, (one, two) = only(events, "prepare")[0], only(events, "step")
     mean = "backbone.1.running_mean"
     assert not torch.equal(prepare["start"][mean], load(start)["model"][mean])
@@ -1345,7 +1361,7 @@ def test_main_with_live_batch_norm(tmp_path, start):
 def test_main_without_rectification_trains_on_the_fixed_labels(tmp_path, start):
     events = watched(tmp_path / "run", start, "--batch-norm", "frozen", "--no-rectify", "--iterations", 2, *SGD,
                      unit=False)
-    assert order(events) == ["settle", "prepare", "optimizer", "step", "step", "settle", "compare"]
+    assert [name for name in order(events) if name != "settle"] == ["prepare", "optimizer", "step", "step", "compare"]
     assert all(step["terms"] == {"loss", "ce_s", "sce_t"} for step in only(events, "step"))
     assert not only(events, "assign") and only(events, "compare")[0]["meters"] == {}
     begun, saved = load(start)["model"], load(tmp_path / "run/last.pt")
@@ -1355,7 +1371,8 @@ def test_main_without_rectification_trains_on_the_fixed_labels(tmp_path, start):
 
 
 def test_main_warms_up_where_no_model_is_given(tmp_path):
-    events = watched(tmp_path / "run", None, "--warmup-lr", 0.003, "--warmup-iterations", 1, "--iterations", 1)
+    events = watched(tmp_path / "run", None, "--warmup-lr", 0.003, "--warmup-iterations", 1, "--iterations", 1,
+                     "--toy-images", 6)
     warm_up, = only(events, "warm-up")
     assert (warm_up["file"], warm_up["steps"], warm_up["lr"]) == ("source_only.pt", 1, 0.003)
     assert warm_up["dataset"].domain == "source" and warm_up["dataset"].augment is not None
@@ -1364,7 +1381,7 @@ def test_main_warms_up_where_no_model_is_given(tmp_path):
 
 
 def test_self_labelling_moves_the_prototypes_and_not_the_network(tmp_path, start):  # P6
-    few = ["--iterations", 1, "--optimizer", "sgd", "--lr", 1, "--ramp", 1, "--no-consistency", "--precision", "fp32"]
+    few = ["--iterations", 1, "--optimizer", "sgd", "--lr", 1, "--ramp", 1, "--no-consistency", "--toy-images", 6]
     for weight in (0, 1):
         watched(tmp_path / f"sl{weight}", start, *few, "--lambda-sl", weight, unit=False)
     assert same_weights(tmp_path / "sl0/last.pt", tmp_path / "sl1/last.pt")
@@ -1375,7 +1392,7 @@ def test_self_labelling_moves_the_prototypes_and_not_the_network(tmp_path, start
 
 def test_the_authors_head_from_start_to_end(tmp_path):
     watched(tmp_path / "run", None, "--head", "proda", "--distill", 1, "--iterations", 1, "--distill-iterations", 1,
-            "--warmup-iterations", 1, unit=False)
+            "--warmup-iterations", 1, "--no-consistency", "--toy-images", 4, unit=False)
     assert load(tmp_path / "run/warmup.pt")["head"]["prototypes"].shape == (16, 256)
     with pytest.raises(common.InputError, match="last.pt.*--head proda"):
         common.load_model(tmp_path / "run/last.pt", toy_args())
@@ -1388,11 +1405,14 @@ def lines_of(folder, stage):
     return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == stage]
 
 
+DISTILLED = [*FEW, "--distill", 1, "--distill-iterations", 3, "--confidence", 0.1]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of all stages that nobody interrupted; what it printed and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    out = run(folder, "cpsl.py", *FEW, "--distill", 1, "--confidence", 0.1)
+    out = run(folder, "cpsl.py", *DISTILLED)
     return out, folder / "runs/cpsl-toy-s0"
 
 
@@ -1403,15 +1423,16 @@ def test_one_command_runs_all_stages(whole, start):
     assert same_weights(start, folder / "source_only.pt")  # --init is the same as training the source model here
     scores = result(folder)
     assert list(scores["columns"]) == ["source only", "+ BN target", "CPSL"] and "motorcycle" in out
-    assert set(scores["meters"]) == {"prototype_cosine", "labels_rectified", "labels_fixed"}
+    assert METERS <= set(scores["meters"])
     assert Image.open(folder / "panel.png").width > 4 * 300  # image | truth | source only | CPSL
     for line in lines_of(folder, "adapt"):
         parts = [line["ce_s"], line["sce_t"], 0.1 * line["sl"], 5 * line["cons"]]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-5)  # CPSL-11
-        assert 0 <= line["changed"] <= 1
+        assert 0 <= line["changed"] <= 1 and line["moved"] > -1e-6
+    assert scores["meters"]["prototype_cosine"] == pytest.approx(1 - line["moved"], abs=1e-6)
     first, *steps = lines_of(folder, "stage 2")
     assert 0 <= first["kept"] <= 1 and 0 <= first["accuracy"] <= 1
-    assert len(steps) == 2 and all(step["kd"] >= 0 for step in steps)
+    assert len(steps) == 3 and all(step["kd"] >= 0 for step in steps)
     warm_up, = lines_of(folder, "warm-up")
     r = load(folder / "warmup.pt")["head"]["marginal"]
     assert warm_up["classes"] == (r > 0).sum().item() and warm_up["rarest"] == pytest.approx(r[r > 0].min().item())
@@ -1431,8 +1452,10 @@ def test_state_after_self_training(whole):  # P10, P11
 
 def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, whole):
     """Killed in self-training and in distillation, before that by Ctrl-C; every checkpoint equals in all it holds."""
-    arguments = ["cpsl.py", *FEW, "--distill", 1, "--confidence", 0.1, "--save-every", 1, "--out", "cut"]
-    for stage, lines, how in (("source", 1, signal.SIGINT), ("adapt", 3, signal.SIGKILL), ("stage 2", 2, signal.SIGKILL)):
+    arguments = ["cpsl.py", *DISTILLED, "--save-every", 1, "--out", "cut"]
+    # The second stage logs its labels first; after its step 2 the checkpoint of step 1 is there.
+    for stage, lines in (("source", 1), ("adapt", 3), ("stage 2", 3)):
+        how = signal.SIGINT if stage == "source" else signal.SIGKILL
         resume = [] if stage == "source" else ["--resume"]
         code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume,
                                  with_signal=how)
