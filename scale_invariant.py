@@ -507,8 +507,9 @@ def validation_views(model, args):
 def check_portion(portion, images, found):
     """Refuses a portion with which a class that so many images predict keeps none (LSE-6); says which would do."""
     if kept_images(images, portion) == 0:
-        raise common.InputError(f"{found}, of which a class keeps int({images} x {portion} / {DIVISOR}) = 0 with a portion of "
-                                f"{portion}; give --portion {math.ceil(1000 * DIVISOR / images) / 1000} or more")
+        enough = math.ceil(1000 * DIVISOR / images) / 1000
+        raise common.InputError(f"{found}, of which a class keeps int({images} x {portion} / {DIVISOR}) = 0; "
+                                f"give --portion {enough} or more")
 
 
 def parse_args():

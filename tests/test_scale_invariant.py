@@ -19,10 +19,10 @@ from trees import write_cityscapes, write_gta5, write_synthia
 
 import common
 import scale_invariant
-from scale_invariant import (class_means, class_thresholds, cut, enlarge, enlarge_labels, focal, focal_loss, image_confidence,
-                             image_uncertainty, keep_confident, kept_images, normalised_entropy, pixel_entropy,
-                             random_windows, ranked_images, round_portion, round_steps, segmentation_loss, select_images,
-                             step_losses, transfer_labels, view_agreement, view_examples)
+from scale_invariant import (
+    class_means, class_thresholds, cut, enlarge, enlarge_labels, focal, focal_loss, image_confidence, image_uncertainty,
+    keep_confident, kept_images, normalised_entropy, pixel_entropy, random_windows, ranked_images, round_portion,
+    round_steps, segmentation_loss, select_images, step_losses, transfer_labels, view_agreement, view_examples)
 
 C = 19
 
@@ -32,7 +32,7 @@ def probabilities(*shape, seed=0, sharpness=3.0):
     return (sharpness * torch.randn(*shape, generator=g, dtype=torch.float64)).softmax(-3)
 
 
-# ------------------------------------------------------- entropy -------------------------------------------------------
+# ------------------------------------------------------ entropy -------------------------------------------------------
 
 
 def test_entropy_hand_values_and_a_loop():  # P1
@@ -48,10 +48,9 @@ def test_entropy_hand_values_and_a_loop():  # P1
 
 
 def test_normalised_entropy_hand_values():  # P2
-    entropy = torch.tensor([[0.2, 0.6, 1.0, 0.4]])
-    assert normalised_entropy(entropy, torch.zeros(1, 4, dtype=torch.long))[0].tolist() == pytest.approx([0, 0.5, 1, 0.25])
-    assert class_means(normalised_entropy(entropy, torch.zeros(1, 4, dtype=torch.long)), torch.zeros(1, 4, dtype=torch.long), 1
-                       ).item() == pytest.approx(0.4375)
+    entropy, label = torch.tensor([[0.2, 0.6, 1.0, 0.4]]), torch.zeros(1, 4, dtype=torch.long)
+    assert normalised_entropy(entropy, label)[0].tolist() == pytest.approx([0, 0.5, 1, 0.25])
+    assert class_means(normalised_entropy(entropy, label), label, 1).item() == pytest.approx(0.4375)
 
 
 def test_normalised_entropy_against_a_loop_over_classes():
@@ -61,7 +60,8 @@ def test_normalised_entropy_against_a_loop_over_classes():
     for y in range(13):
         for x in range(17):
             mine = entropy[label == label[y, x]].tolist()
-            assert value[y, x].item() == pytest.approx((entropy[y, x].item() - min(mine)) / (max(mine) - min(mine)), abs=1e-12)
+            expected = (entropy[y, x].item() - min(mine)) / (max(mine) - min(mine))
+            assert value[y, x].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_class_of_one_pixel_or_one_value_gives_zero_not_nan():  # P2
@@ -71,7 +71,7 @@ def test_a_class_of_one_pixel_or_one_value_gives_zero_not_nan():  # P2
     assert normalised_entropy(entropy[:0], label[:0]).shape == (0, 3)
 
 
-# ------------------------------------------------------- ranking -------------------------------------------------------
+# ------------------------------------------------------ ranking -------------------------------------------------------
 
 
 def test_class_means_and_confidence_against_a_loop():  # P5: only pixels predicted as c count
@@ -90,7 +90,8 @@ def test_class_means_and_confidence_against_a_loop():  # P5: only pixels predict
                     entropies.append(-sum(v * math.log(v) for v in p))
         assert confidence[c].item() == pytest.approx(sum(best) / len(best), abs=1e-12)
         low, high = min(entropies), max(entropies)
-        assert uncertainty[c].item() == pytest.approx(sum((e - low) / (high - low) for e in entropies) / len(entropies), abs=1e-7)
+        expected = sum((e - low) / (high - low) for e in entropies) / len(entropies)
+        assert uncertainty[c].item() == pytest.approx(expected, abs=1e-7)
 
 
 def test_confidence_ignores_pixels_of_other_classes():  # P5
@@ -131,7 +132,8 @@ def test_selection_of_rare_classes():  # P3
         order = confidence[:present, 0].argsort(descending=True).tolist()
         assert selected.tolist() == order[:expected]
         assert reference.tolist() == [order[expected], -1]  # P5: list position k_c
-    assert select_images(confidences(5, 3), 0.1)[0].tolist() == [] and kept_images(189, 0.1) == 0 < kept_images(190, 0.1)
+    assert kept_images(189, 0.1) == 0 < kept_images(190, 0.1) and kept_images(7, 19.5) == 7
+    assert select_images(confidences(5, 3), 0.1)[0].tolist() == []
     assert select_images(torch.zeros(0, 3), 0.1)[1].tolist() == [-1, -1, -1]
 
 
@@ -187,7 +189,7 @@ def test_threshold_of_a_degenerate_reference_comes_from_the_next_image():
     confidence = torch.tensor([[0.9, 0.2], [0.8, 0.9], [0.7, math.nan], [0.6, 0.5]], dtype=torch.float64)
     uncertainty = torch.tensor([[0.1, 0.0], [0.0, 0.0], [0.0, math.nan], [0.4, 0.0]], dtype=torch.float64)
     reference = torch.tensor([1, 1])
-    # class 0: image 1 has one value, image 2 too, image 3 defines 0.4; image 0 stands before the reference. Class 1: none.
+    # Class 0: image 1 has one value, image 2 too, image 3 defines 0.4; image 0 stands before the reference. 1: none.
     assert class_thresholds(confidence, uncertainty, reference).tolist() == [0.4, 0.0]
     assert class_thresholds(confidence, uncertainty + 0.2, torch.tensor([-1, -1])).tolist() == [0.0, 0.0]
     label = torch.tensor([[1, 1, 0]])
@@ -198,7 +200,8 @@ def test_mask_hand_values():  # P2
     entropy, label = torch.tensor([[1.0, 1.5, 2.0]]), torch.zeros(1, 3, dtype=torch.long)
     mask = keep_confident(normalised_entropy(entropy, label), label, torch.tensor([0.4375]))
     assert mask.tolist() == [[True, False, False]]
-    assert keep_confident(torch.tensor([[0.4375]]), label[:, :1], torch.tensor([0.4375])).tolist() == [[False]]  # strict
+    at_threshold = keep_confident(torch.tensor([[0.4375]]), label[:, :1], torch.tensor([0.4375]))
+    assert at_threshold.tolist() == [[False]]  # strict
 
 
 def test_mask_does_not_change_with_the_scale_of_entropy():  # P2
@@ -213,7 +216,7 @@ def test_mask_does_not_change_with_the_scale_of_entropy():  # P2
         assert mask.flatten()[mine.nan_to_num(9).argmin()] and not mask.flatten()[mine.nan_to_num(-9).argmax()]
 
 
-# ------------------------------------------------- patches and transfer -------------------------------------------------
+# ------------------------------------------------ patches and transfer ------------------------------------------------
 
 
 def test_windows_fit_everywhere_and_nowhere_else():  # P6
@@ -250,17 +253,15 @@ def test_labels_are_decided_after_enlarging():  # P6
 
 def test_mask_growth():  # P7
     prob, keep = torch.full((2, 256, 512), 0.5), torch.zeros(256, 512, dtype=torch.bool)
+    kept = lambda keep, mode: transfer_labels(prob, keep, (512, 1024), mode) != 255
     keep[100, 200] = True
-    counts = {mode: (transfer_labels(prob, keep, (512, 1024), mode) != 255).sum().item() for mode in ("nearest", "dilate")}
-    assert counts == {"nearest": 4, "dilate": 16}
+    assert {mode: kept(keep, mode).sum().item() for mode in ("nearest", "dilate")} == {"nearest": 4, "dilate": 16}
     for share, grown in ((0.3, 0.757), (0.5, 0.937), (0.7, 0.991)):
         keep = torch.rand(256, 512, generator=torch.Generator().manual_seed(0)) < share
-        near, dilated = ((transfer_labels(prob, keep, (512, 1024), mode) != 255).double().mean() for mode in ("nearest", "dilate"))
-        assert near.item() == keep.double().mean().item()  # exactly
-        assert dilated.item() == pytest.approx(grown, abs=0.006)
+        assert kept(keep, "nearest").double().mean().item() == keep.double().mean().item()  # exactly
+        assert kept(keep, "dilate").double().mean().item() == pytest.approx(grown, abs=0.006)
     for mode in ("nearest", "dilate"):
-        assert (transfer_labels(prob, ~keep & keep, (512, 1024), mode) == 255).all()
-        assert (transfer_labels(prob, ~keep | keep, (512, 1024), mode) != 255).all()
+        assert not kept(keep & ~keep, mode).any() and kept(keep | ~keep, mode).all()
 
 
 def test_scale_one_is_the_identity():
@@ -283,7 +284,8 @@ def test_examples_of_each_view():
         assert view_examples(view, [7, 9], corners, (32, 64)) == windows
     whole = [0, 0, 32, 64]
     assert view_examples("whole", [7, 9], corners, (32, 64)) == [[i, n, *whole] for i in (7, 9) for n in (0, 1)]
-    assert view_examples("both", [7, 9], corners, (32, 64)) == [*windows[:2], [7, 2, *whole], *windows[2:], [9, 2, *whole]]
+    both = [*windows[:2], [7, 2, *whole], *windows[2:], [9, 2, *whole]]
+    assert view_examples("both", [7, 9], corners, (32, 64)) == both
 
 
 @pytest.mark.parametrize("view, size", [("enlarged", (32, 64)), ("both", (32, 64)), ("window", (16, 32))])
@@ -307,7 +309,8 @@ def test_views_are_the_windows_of_the_images(tmp_path, view, size):
     jittered = scale_invariant.Views(args, examples, tmp_path)
     items = [jittered[0] for _ in range(20)]
     mirrored = [torch.equal(item["label"], written[0].long().flip(1)) for item in items]
-    assert 0 < sum(mirrored) < 20 and all(m or torch.equal(item["label"], written[0].long()) for m, item in zip(mirrored, items))
+    straight = [torch.equal(item["label"], written[0].long()) for item in items]
+    assert 0 < sum(mirrored) < 20 == sum(mirrored) + sum(straight)
     assert (items[0]["image"] - items[1]["image"]).abs().max() > 0.05
 
 
@@ -328,7 +331,7 @@ def test_agreement_of_views_against_a_loop():  # P12
     assert gap == 0 and agreement == 0 and cross_entropy == pytest.approx(-math.log(1e-12))  # which entropy cannot see
 
 
-# ------------------------------------------------------- the losses -------------------------------------------------------
+# ----------------------------------------------------- the losses -----------------------------------------------------
 
 
 def logits_of(p):
@@ -352,7 +355,7 @@ def test_focal_per_pixel_and_of_the_mean_differ():  # P8
     assert focal_loss(logits, label, 3.0).item() == pytest.approx(0.839345, abs=1e-6)
     assert focal(ce, 3.0).item() == pytest.approx(0.412963, abs=1e-6)
     assert focal_loss(logits, label, 0.0).item() == pytest.approx(ce.item())  # gamma = 0 is the cross-entropy
-    assert focal_loss(logits, label, 1000.0).item() == pytest.approx(0, abs=1e-12)  # gamma -> infinity leaves LSE-2 alone
+    assert focal_loss(logits, label, 1000.0).item() == pytest.approx(0, abs=1e-12)  # gamma -> infinity: LSE-2 alone
     assert focal(ce, 0.0).item() == pytest.approx(ce.item())
 
 
@@ -414,7 +417,8 @@ def test_optimizer_lists_every_weight_once_and_doubles_the_rate_of_biases():  # 
         models = {name: common.build_network(C, name) for name in ("resnet101", "vgg16-fcn8s")}
     for name, model in models.items():
         common.freeze_batch_norm(model)
-        optimizer = scale_invariant.make_optimizer(model, argparse.Namespace(optimizer="adam", head_lr=1.0, device="cpu"))
+        args = argparse.Namespace(optimizer="adam", head_lr=1.0, device="cpu")
+        optimizer = scale_invariant.make_optimizer(model, args)
         if name == "vgg16-fcn8s":
             scale_invariant.faster_biases(optimizer)
         listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -441,7 +445,8 @@ class Tiny(common.DeepLabV2):
 
 
 def step_arguments(**flags):
-    return argparse.Namespace(**{"device": "cpu", "precision": "fp32", "focal": "pixel", "beta": 0.1, "gamma": 3.0, **flags})
+    defaults = {"device": "cpu", "precision": "fp32", "focal": "pixel", "beta": 0.1, "gamma": 3.0}
+    return argparse.Namespace(**{**defaults, **flags})
 
 
 def step_batches(seed=0, classes=16):
@@ -468,7 +473,8 @@ def independent_losses(logits_s, y_s, logits_t, y_t, focal="pixel", beta=0.1, ga
     return {**terms, "loss": terms["ce_s"] + terms["ce_t"] + (beta * terms["focal"] if focal != "off" else 0)}
 
 
-@pytest.mark.parametrize("flags", [{}, {"gamma": 5.0}, {"beta": 0.7}, {"focal": "mean", "gamma": 2.0}, {"focal": "off"}])
+@pytest.mark.parametrize("flags", [
+    {}, {"gamma": 5.0}, {"beta": 0.7}, {"focal": "mean", "gamma": 2.0}, {"focal": "off"}])
 def test_every_term_of_a_step_and_its_gradient(flags):
     torch.manual_seed(0)
     model, (source, target) = Tiny().train(), step_batches()
@@ -498,12 +504,12 @@ def test_each_term_comes_from_its_own_domain():
     assert all(map(torch.equal, gradients, torch.autograd.grad(losses["ce_s"], list(model.parameters()))))
 
 
-# ---------------------------------------------------- the wires of main ----------------------------------------------------
+# ------------------------------------------------- the wires of main --------------------------------------------------
 
 FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--patches", 2]
-QUICK = [*TINY[:4], "--toy-images", 12, "--batch-size", 2, "--log-every", 1, "--precision", "fp32", "--warmup-iterations", 1,
-         "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 4, "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd",
-         "--ramp", 2]
+QUICK = [*TINY[:4], "--toy-images", 12, "--batch-size", 2, "--log-every", 1, "--precision", "fp32",
+         "--warmup-iterations", 1, "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 4,
+         "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd", "--ramp", 2]
 
 
 class Trace(list):
@@ -526,50 +532,56 @@ def equal_states(a, b):
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
-    """play(*flags, out=NAME) calls the real main() with a tiny network and returns the run folder and a Trace of its calls."""
+    """play(*flags, out=NAME): the real main() with a tiny network; returns the run folder and a Trace of its calls."""
     trace = Trace()
-    real = {name: getattr(scale_invariant, name) for name in ("step_losses", "label_target", "make_optimizer", "faster_biases",
-                                                              "validation_views", "train_source")}
 
     def traced(name, details):
+        """From now on every call of the function of that name is told to the trace: details before, and its result."""
+        real = getattr(scale_invariant, name)
+
         def wrapper(*given):
-            details_before = details(*given)
-            trace.append((name, details_before))
-            details_before["result"] = real[name](*given)
-            return details_before["result"]
+            told = details(*given)
+            trace.append((name, told))
+            told["result"] = real(*given)
+            return told["result"]
         monkeypatch.setattr(scale_invariant, name, wrapper)
 
-    def build_model(args):
-        torch.manual_seed(args.seed)
-        return Tiny(len(common.task_classes(args.source)))
-
-    traced("step_losses", lambda network, source, target, args: {
-        "network": network, "training": [m.training for m in network.modules()], "state": state(network), "source": source,
-        "target": target, "args": args})
-    traced("label_target", lambda model, args, folder, r: {"model": model, "state": state(model), "folder": folder, "r": r})
-    traced("make_optimizer", lambda model, args: {"trained": [n for n, p in model.named_parameters() if p.requires_grad]})
+    traced("train_source", lambda *given: {})
+    traced("make_optimizer", lambda model, args: {
+        "trained": [name for name, p in model.named_parameters() if p.requires_grad]})
     traced("faster_biases", lambda optimizer: {"optimizer": optimizer})
-    traced("validation_views", lambda model, args: {"model": model, "state": state(model)})
-    traced("train_source", lambda *given: {"given": given})
-    settle, validate, compare = common.settle_batch_norm, common.Run.validate, common.compare_with_source_only
+    traced("validation_views", lambda model, args: {"state": state(model)})
+    traced("label_target", lambda model, args, folder, r: {"model": model, "state": state(model)})
+    traced("step_losses", lambda network, source, target, args: {
+        "network": network, "training": [m.training for m in network.modules()], "state": state(network),
+        "source": source, "target": target})
+    settle, compare = common.settle_batch_norm, common.compare_with_source_only
 
     def settle_and_tell(model, views, args):
         settle(model, views, args)
         trace.append(("settle", {"model": model, "views": views, "state": state(model)}))
 
     def compare_and_tell(models, args, run, source_model, **meters):
-        trace.append(("compare", {"models": models, "source": source_model, "states": [state(m) for m in models.values()]}))
+        trace.append(("compare", {"source": state(source_model), "states": {k: state(m) for k, m in models.items()}}))
         compare(models, args, run, source_model, **meters)
+
+    def tell_validate(run, stage, step, steps, model, views):
+        trace.append(("validate", {"stage": (stage, step, steps), "model": model, "views": views}))
+
+    def build_model(args):
+        torch.manual_seed(args.seed)
+        return Tiny(len(common.task_classes(args.source)))
 
     monkeypatch.setattr(common, "settle_batch_norm", settle_and_tell)
     monkeypatch.setattr(common, "compare_with_source_only", compare_and_tell)
-    monkeypatch.setattr(common.Run, "validate", lambda *given: trace.append(("validate", {"views": given[-1], "model": given[-2]})))
+    monkeypatch.setattr(common.Run, "validate", tell_validate)
     monkeypatch.setattr(common, "build_model", build_model)
     monkeypatch.setattr(common.signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
 
     def play(*flags, out="run"):
         trace.clear()
-        monkeypatch.setattr(sys, "argv", ["scale_invariant.py", *map(str, [*QUICK, *flags]), "--out", str(tmp_path / out)])
+        arguments = ["scale_invariant.py", *QUICK, *flags, "--out", tmp_path / out]
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
         scale_invariant.main()
         return tmp_path / out, trace
 
@@ -590,42 +602,62 @@ def round_state(folder, r):
     return json.loads((folder / f"pseudo_labels/round{r}/round.json").read_text())
 
 
+def stored_label(folder, r, name, n):
+    return torch.from_numpy(common.read_label(folder / f"pseudo_labels/round{r}/{name}_{n}.png")).long()
+
+
+def window_of(maps, window, size):
+    """The window (y, x, h, w) of maps (C, H, W), brought to `size`."""
+    y, x, h, w = window
+    return F.interpolate(maps[None, :, y:y + h, x:x + w], size, mode="bilinear", align_corners=True)[0]
+
+
+def prediction(look):
+    """The function from a batch of images to probabilities, of a network whose state the trace holds."""
+    model = Tiny()
+    model.load_state_dict(look["state"])
+    model.eval()
+    return lambda images: F.interpolate(model(images)[1], (32, 64), mode="bilinear").softmax(1).detach()
+
+
 @pytest.mark.parametrize("policy", ["live", "target", "frozen"])
 def test_stages_and_batch_norm(play, policy):
-    """What comes when, with which network in which mode; statistics from the views before labels, optimizer and score."""
+    """What comes when, with which network in which mode; statistics come before labels, optimizer and score."""
     folder, trace = play("--batch-norm", policy)
     steps = ["step_losses", "validate"]
-    assert trace.names() == ["train_source", "make_optimizer", "settle", "validation_views", "make_optimizer", "label_target",
-                             *steps * 2, "settle", "label_target", *steps * 2, "settle", "validation_views", "compare"]
+    assert trace.names() == ["train_source", "make_optimizer", "settle", "validation_views", "make_optimizer",
+                             "label_target", *steps * 2, "settle", "label_target", *steps * 2, "settle",
+                             "validation_views", "compare"]
+    assert [call["stage"] for call in trace.of("validate")] == [("adapt", step, 4) for step in (1, 2, 3, 4)]
     model, views = trace.of("label_target")[0]["model"], trace.of("settle")[0]["views"]
     assert isinstance(views, scale_invariant.Views) and views.folder is None and len(views) == 12 * 2
     assert sorted({example[0] for example in views.examples}) == list(range(12))  # all target images
     for call in trace.of("settle") + trace.of("validate"):
         assert call["views"] is views and call["model"] is model
+    norm = [isinstance(module, nn.BatchNorm2d) for module in model.modules()].index(True)
     for call in trace.of("step_losses"):
-        assert call["network"] is model and call["training"] == [True, True, True, policy == "live", *[True] * (len(call["training"]) - 4)]
+        assert call["network"] is model and call["training"].pop(norm) == (policy == "live") and all(call["training"])
     # What labels and what is scored is the settled network.
-    settled, labels, looks = trace.of("settle"), trace.of("label_target"), trace.of("validation_views")
-    assert equal_states(labels[0]["state"], settled[0]["state"]) and equal_states(looks[0]["state"], settled[0]["state"])
-    assert equal_states(labels[1]["state"], settled[1]["state"]) and equal_states(looks[1]["state"], settled[2]["state"])
+    settled, labels, looks = (trace.of(name) for name in ("settle", "label_target", "validation_views"))
+    for look, statistics in zip([looks[0], *labels, looks[1]], [settled[0], *settled]):
+        assert equal_states(look["state"], statistics["state"])
     compared = trace.of("compare")[0]
-    assert list(compared["models"]) == ["LSE"] and equal_states(compared["states"][0], settled[2]["state"])
+    assert list(compared["states"]) == ["LSE"] and equal_states(compared["states"]["LSE"], settled[2]["state"])
     assert equal_states(saved(folder, "last.pt")["model"], settled[2]["state"])
     # The source-only model of the table has its own statistics.
-    source = state(compared["source"])
+    source = compared["source"]
     assert equal_states(source, saved(folder, "source_only.pt")["model"])
     mean = "backbone.1.running_mean"
     assert torch.equal(source[mean], settled[0]["state"][mean]) == (policy == "frozen")
     assert torch.equal(settled[0]["state"][mean], settled[2]["state"][mean]) == (policy != "live")
     assert ("backbone.1.weight" in trace.of("make_optimizer")[1]["trained"]) == (policy == "live")
-    assert not equal_states(source, compared["states"][0])
+    assert not torch.equal(source["classifier.0.weight"], settled[2]["state"]["classifier.0.weight"])
 
 
 @pytest.mark.parametrize("view", ["enlarged", "window", "whole", "both"])
 def test_what_the_network_is_trained_on(play, view):
     """Each batch holds examples of its own round with the labels on disk, beside labelled source images."""
     folder, trace = play("--view", view, "--no-augment", "--val-every", 1)
-    args = trace.of("step_losses")[0]["args"]
     shape, per_image = ((16, 32) if view == "window" else (32, 64)), (3 if view == "both" else 2)
     images = common.ToyStreets("target", "train", (32, 64), images=12)
     sources = [common.ToyStreets("source", "train", (32, 64), images=12)[i]["label"] for i in range(12)]
@@ -638,12 +670,11 @@ def test_what_the_network_is_trained_on(play, view):
         assert x_t.shape == (2, 3, *shape) and y_t.shape == (2, *shape)
         for x, label in zip(x_t, y_t):
             matches = []
-            for index, n, top, left, h, w in rows:
-                stored = torch.from_numpy(common.read_label(folder / f"pseudo_labels/round{r}/{images[index]['name']}_{n}.png"))
-                there = images[index]["image"][None, :, top:top + h, left:left + w]
-                there = F.interpolate(there, shape, mode="bilinear", align_corners=True)[0]
-                if (x - there).abs().max() < 0.6 / 255 / 0.22 and torch.equal(stored.long(), label):
-                    matches.append((r, index, n, h))
+            for index, n, *window in rows:
+                there = window_of(images[index]["image"], window, shape)
+                stored = stored_label(folder, r, images[index]["name"], n)
+                if (x - there).abs().max() < 0.6 / 255 / 0.22 and torch.equal(stored, label):
+                    matches.append((r, index, n, window[2]))
             assert matches
             used.update(matches)
     assert len({(r, i, n) for r, i, n, _ in used}) > 4  # not the same example again and again
@@ -656,7 +687,6 @@ def test_what_the_network_is_trained_on(play, view):
     assert views.size == shape and [example[4] for example in views.examples] == heights * 12
     corners = [tuple(example[2:4]) for example in views.examples if example[4] == 16]
     assert view == "whole" or len(set(corners)) > 12
-    assert args.view == view
 
 
 def test_windows_are_drawn_anew_in_every_round_and_for_every_seed(play):
@@ -675,12 +705,13 @@ def test_windows_are_drawn_anew_in_every_round_and_for_every_seed(play):
 @pytest.mark.parametrize("optimizer, power", [("sgd", 0.9), ("sgd", 0.0), ("adamw", 0.9)])
 def test_training_is_the_descent_of_the_sum(play, optimizer, power):  # P11
     """The steps of round one again, from the batches that main() drew: rate, ramp, terms, gradients and both rates."""
-    folder, trace = play("--batch-norm", "frozen", "--head-lr", 3, "--beta", 0.5, "--gamma", 2, "--optimizer", optimizer,
-                         "--power", power)
+    folder, trace = play("--batch-norm", "frozen", "--head-lr", 3, "--beta", 0.5, "--gamma", 2, "--power", power,
+                         "--optimizer", optimizer)
     model = Tiny()
     model.load_state_dict(saved(folder, "source_only.pt")["model"])
     common.freeze_batch_norm(model)
-    groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad]}, {"params": list(model.classifier.parameters())}]
+    groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad]},
+              {"params": list(model.classifier.parameters())}]
     descent = {"sgd": lambda: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4),
                "adamw": lambda: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01)}[optimizer]()
     steps = trace.of("step_losses")
@@ -721,87 +752,80 @@ def test_epochs(play, epochs):
     assert not any(torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])  # never the same batch again
 
 
-@pytest.mark.parametrize("flags", [[], ["--view", "window", "--mask-mode", "dilate"], ["--view", "both", "--mask-mode", "dilate"],
-                                   ["--view", "whole"]])
+@pytest.mark.parametrize("flags", [
+    [], ["--view", "whole"], ["--view", "window", "--mask-mode", "dilate"],
+    ["--view", "both", "--mask-mode", "dilate"]])
 def test_written_labels_are_those_of_the_equations(play, flags):
     """Ranking, thresholds, labels and what the log says of them again in both rounds, with loops over classes."""
     folder, trace = play(*flags, "--portion", 5, "--portion-step", 2.5)
-    images = common.ToyStreets("target", "train", (32, 64), images=12, labelled=True)
-    view_size = (16, 32) if "window" in flags else (32, 64)
+    images = [common.ToyStreets("target", "train", (32, 64), images=12, labelled=True)[i] for i in range(12)]
+    size = (16, 32) if "window" in flags else (32, 64)
     for r, portion in ((1, 5.0), (2, 7.5)):  # LSE-13
-        model, told, drawn = Tiny(), lines(folder, f"round {r}")[0], round_state(folder, r)
-        model.load_state_dict(trace.of("label_target")[r - 1]["state"])
-        model.eval()
-        predict = lambda batch: F.interpolate(model(batch)[1], (32, 64), mode="bilinear").softmax(1).detach()
-        stacked = torch.stack([images[i]["image"] for i in range(12)]).contiguous(memory_format=torch.channels_last)
-        probs = [*predict(stacked[:8]), *predict(stacked[8:])]  # batches of eight, as in the script: they round alike
-        lists, thresholds, normalised = [], [], [torch.zeros(32, 64) for _ in probs]
-        for i, prob in enumerate(probs):
-            entropy, label = -(prob * (prob + 1e-12).log()).sum(0), prob.argmax(0)
+        told, drawn = lines(folder, f"round {r}")[0], round_state(folder, r)
+        predict = prediction(trace.of("label_target")[r - 1])
+        batch = torch.stack([item["image"] for item in images]).contiguous(memory_format=torch.channels_last)
+        probs = [*predict(batch[:8]), *predict(batch[8:])]  # batches of eight, as in the script: they round alike
+        labels, normalised = [prob.argmax(0) for prob in probs], [torch.zeros(32, 64) for _ in probs]
+        for prob, label, value in zip(probs, labels, normalised):
+            entropy = -(prob * (prob + 1e-12).log()).sum(0)
             for c in label.unique().tolist():
                 mine = entropy[label == c]
-                normalised[i][label == c] = (mine - mine.min()) / (mine.max() - mine.min()).clamp(min=1e-12)
+                value[label == c] = (mine - mine.min()) / (mine.max() - mine.min()).clamp(min=1e-12)
+        kept, references, thresholds = set(), [], []
         for c in range(16):
-            shown = [(prob.amax(0)[prob.argmax(0) == c].double().mean().item(), i) for i, prob in enumerate(probs) if (prob.argmax(0) == c).any()]
-            lists.append([i for _, i in sorted(shown)[::-1]])
-            spread = [normalised[i][probs[i].argmax(0) == c].double().mean().item() for i in lists[c][int(len(lists[c]) * portion / 19):]]
+            shown = [i for i in range(12) if (labels[i] == c).any()]
+            ranking = sorted(shown, key=lambda i: (probs[i].amax(0)[labels[i] == c].double().mean().item(), i))[::-1]
+            k = int(len(ranking) * portion / 19)
+            kept.update(ranking[:k])
+            references.append(ranking[k] if ranking else -1)
+            spread = [normalised[i][labels[i] == c].double().mean().item() for i in ranking[k:]]
             thresholds.append(next((t for t in spread if t > 0), 0))
-        kept = {i for ranking in lists for i in ranking[:int(len(ranking) * portion / 19)]}
-        assert sorted(kept) == sorted({example[0] for example in drawn["examples"]}) and 0 < told["images"] == len(kept) < 12
-        assert drawn["references"] == [(ranking + [-1] * 13)[int(len(ranking) * portion / 19)] for ranking in lists]
-        assert drawn["thresholds"] == pytest.approx(thresholds, abs=1e-5) and drawn["portion"] == told["portion"] == portion
-        shares, right, seen = [], [], set()
-        for index, n, y, x, h, w in drawn["examples"]:
-            there = (slice(None), slice(y, y + h), slice(x, x + w))
-            label = F.interpolate(probs[index][None][(slice(None), *there)], view_size, mode="bilinear", align_corners=True)[0].argmax(0)
-            keep = (normalised[index] < torch.tensor(thresholds)[probs[index].argmax(0)])[None][there].float()[None]
-            wide = dict(mode="bilinear", align_corners=True) if "dilate" in flags else dict(mode="nearest")
-            keep = F.interpolate(keep, view_size, **wide)[0, 0] > 0
-            stored = torch.from_numpy(common.read_label(folder / f"pseudo_labels/round{r}/{images[index]['name']}_{n}.png")).long()
-            assert (stored == torch.where(keep, label, 255)).double().mean() > 0.99  # a batch and single images round differently
-            truth = F.interpolate(images[index]["label"][None][there][None].float(), view_size, mode="nearest")[0, 0]
+        assert sorted(kept) == sorted({example[0] for example in drawn["examples"]})
+        assert 0 < told["images"] == len(kept) < 12 and drawn["portion"] == told["portion"] == portion
+        assert drawn["references"] == references and drawn["thresholds"] == pytest.approx(thresholds, abs=1e-5)
+        shares, right, views = [], [], []
+        for index, n, *window in drawn["examples"]:
+            label = window_of(probs[index], window, size).argmax(0)
+            keep = (normalised[index] < torch.tensor(thresholds)[labels[index]])[None].float()
+            if "dilate" in flags:
+                keep = window_of(keep, window, size)[0] > 0
+            else:
+                keep = F.interpolate(cut(keep, *window)[None], size, mode="nearest")[0, 0] > 0
+            stored = stored_label(folder, r, images[index]["name"], n)
+            assert (stored == torch.where(keep, label, 255)).double().mean() > 0.99  # other batches round differently
+            truth = F.interpolate(cut(images[index]["label"], *window)[None, None].float(), size, mode="nearest")[0, 0]
             shares.append((stored != 255).double().mean().item())
             right.append(((stored == truth) & (stored != 255)).double().mean().item())
-            seen.add((index, n))
-        assert len(seen) == len(drawn["examples"]) == len(list((folder / f"pseudo_labels/round{r}").glob("*.png")))
+            if n == 0 and not flags:  # the premise, on the first window of each image
+                view = window_of(images[index]["image"], window, size)
+                views.append(view_agreement(predict(view[None])[0], window_of(probs[index], window, size)).tolist())
+        files = list((folder / f"pseudo_labels/round{r}").glob("*.png"))
+        assert len(files) == len(drawn["examples"]) == len({(index, n) for index, n, *_ in drawn["examples"]})
         assert told["kept"] == pytest.approx(sum(shares) / len(shares)) and 0 < told["kept"] < 1
         assert told["accuracy"] == pytest.approx(sum(right) / sum(shares))
-        if not flags:  # the premise, on the first window of each image
-            views = []
-            for index, n, y, x, h, w in drawn["examples"]:
-                if n == 0:
-                    big = lambda maps: F.interpolate(maps[None, :, y:y + 16, x:x + 32], (32, 64), mode="bilinear", align_corners=True)[0]
-                    views.append(view_agreement(predict(big(images[index]["image"])[None])[0], big(probs[index])).tolist())
-            means = [sum(column) / len(views) for column in zip(*views)]
-            assert [told[k] for k in ("entropy_gap", "cross_entropy", "agreement")] == pytest.approx(means, abs=1e-3)
-            assert "enlarged_miou" not in told  # the log of a round looks at no label for it
-        else:
-            assert all(math.isfinite(told[k]) for k in ("entropy_gap", "cross_entropy", "agreement"))
+        premise = [told[key] for key in ("entropy_gap", "cross_entropy", "agreement")]
+        if views:
+            assert premise == pytest.approx([sum(column) / len(views) for column in zip(*views)], abs=1e-3)
+        assert "enlarged_miou" not in told and all(map(math.isfinite, premise))  # a round looks at no label for it
 
 
 def test_meters_of_the_enlarged_views(play):
     """result.json: the 2 x 2 windows of all validation pictures, enlarged, against truth enlarged; before and after."""
     folder, trace = play("--batch-norm", "target", "--toy-images", 16, "--view", "window")
-    meters, looks = result(folder)["meters"], trace.of("validation_views")
-    assert set(meters) == {f"{name}_{when}" for name in ("entropy_gap", "cross_entropy", "agreement", "enlarged_miou")
-                           for when in ("before", "after")}
+    meters, keys = result(folder)["meters"], ("entropy_gap", "cross_entropy", "agreement")
+    assert set(meters) == {f"{name}_{when}" for name in (*keys, "enlarged_miou") for when in ("before", "after")}
     images = common.ToyStreets("target", "val", (32, 64), images=16)
-    for when, look in zip(("before", "after"), looks):
-        model, metric, terms = Tiny(), common.MeanIoU(16), []
-        model.load_state_dict(look["state"])
-        model.eval()
-        predict = lambda image: F.interpolate(model(image[None])[1], (32, 64), mode="bilinear").softmax(1)[0].detach()
-        for i in range(4):
-            prob = predict(images[i]["image"])
-            for y in (0, 16):
-                for x in (0, 32):
-                    big = lambda maps: F.interpolate(maps[None, :, y:y + 16, x:x + 32], (32, 64), mode="bilinear", align_corners=True)[0]
-                    seen = predict(big(images[i]["image"]))
-                    truth = images[i]["label"][y:y + 16, x:x + 32].repeat_interleave(2, 0).repeat_interleave(2, 1)
-                    metric.update(seen.argmax(0), truth)
-                    terms.append(view_agreement(seen, big(prob)).tolist())
+    for when, look in zip(("before", "after"), trace.of("validation_views")):
+        predict, metric, terms = prediction(look), common.MeanIoU(16), []
+        for item in (images[i] for i in range(4)):
+            prob = predict(item["image"][None])[0]
+            for y, x in ((0, 0), (0, 32), (16, 0), (16, 32)):
+                seen = predict(window_of(item["image"], (y, x, 16, 32), (32, 64))[None])[0]
+                truth = item["label"][y:y + 16, x:x + 32].repeat_interleave(2, 0).repeat_interleave(2, 1)
+                metric.update(seen.argmax(0), truth)
+                terms.append(view_agreement(seen, window_of(prob, (y, x, 16, 32), (32, 64))).tolist())
         means = [sum(column) / 16 for column in zip(*terms)]
-        assert [meters[f"{k}_{when}"] for k in ("entropy_gap", "cross_entropy", "agreement")] == pytest.approx(means, abs=1e-4)
+        assert [meters[f"{key}_{when}"] for key in keys] == pytest.approx(means, abs=1e-3)
         assert meters[f"enlarged_miou_{when}"] == pytest.approx(100 * metric.mean(metric.present()), abs=0.05)
     assert meters["enlarged_miou_before"] != meters["enlarged_miou_after"]
 
@@ -818,10 +842,11 @@ def test_fcn8s_has_faster_biases_and_keeps_them(play):
 
 
 @pytest.mark.parametrize("policy, flags, calls", [
-    ("live", ["--iterations", 4], 2), ("live", ["--iterations", 0, "--epochs", 1], 3), ("target", ["--iterations", 4], 3),
-    ("target", ["--iterations", 0, "--epochs", 1, "--view", "both"], 2)])
+    ("live", ["--iterations", 4], 2), ("live", ["--iterations", 0, "--epochs", 1, "--portion", 2], 3),
+    ("target", ["--iterations", 4], 3),
+    ("target", ["--iterations", 0, "--epochs", 1, "--portion", 2, "--view", "both"], 4)])
 def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, policy, flags, calls):
-    """Every session gets as far as so many labellings and steps and dies before the next one; the last one ends the run."""
+    """Every session dies after so many labellings and steps, until one reaches the end."""
     arguments = [*flags, "--batch-norm", policy, "--optimizer", "adamw", "--save-every", 1]
     whole, _ = play(*arguments, out="whole")
     left = 0
@@ -854,7 +879,7 @@ def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, p
 
 
 def test_a_portion_that_selects_nothing_is_refused_before_any_training(play, monkeypatch):
-    with pytest.raises(common.InputError, match="12 target images.*give --portion 1.584 or more"):  # 19 / 12, rounded up
+    with pytest.raises(common.InputError, match="12 target images.*give --portion 1.584 or more"):  # 19 / 12
         play("--portion", 1.583)
     assert not play.trace  # neither warm-up nor --init
     folder, trace = play("--portion", 1.584, "--portion-step", 0)  # the advice, in the same folder
@@ -863,23 +888,24 @@ def test_a_portion_that_selects_nothing_is_refused_before_any_training(play, mon
     confidence = torch.full((12, 16), math.nan, dtype=torch.float64)
     confidence[:5, 3] = confidence[4:9, 2] = 0.5
     monkeypatch.setattr(scale_invariant, "rank_target", lambda *_: (confidence, confidence))
-    with pytest.raises(common.InputError, match="round 1: no class is predicted in more than 5 images.*--portion 3.8 or more"):
+    with pytest.raises(common.InputError, match="round 1: no class .* more than 5 images.*--portion 3.8 or more"):
         play("--portion", 3.7, out="rare")
     monkeypatch.setattr(scale_invariant, "rank_target", lambda *_: (confidence, 0 * confidence))
     with pytest.raises(common.InputError, match="round 1: .* leaves no labelled pixel"):
         play("--portion", 3.8, out="empty")
 
 
-@pytest.mark.parametrize("flags", [["--size", "24x64", "--crop", "16x16"], ["--lr", "nan"], ["--lr", 0], ["--gamma", -1], ["--beta", "inf"],
-                                   ["--portion", 0], ["--portion-step", -0.1], ["--patches", 0], ["--epochs", 0], ["--rounds", 0],
-                                   ["--iterations", -1], ["--view", "half"], ["--focal", "no"], ["--mask-mode", "none"]])
+@pytest.mark.parametrize("flags", [
+    ["--size", "24x64", "--crop", "16x16"], ["--lr", "nan"], ["--lr", 0], ["--gamma", -1], ["--beta", "inf"],
+    ["--portion", 0], ["--portion-step", -0.1], ["--patches", 0], ["--epochs", 0], ["--rounds", 0],
+    ["--iterations", -1], ["--view", "half"], ["--focal", "no"], ["--mask-mode", "none"]])
 def test_nonsense_is_refused(play, capsys, flags):
     with pytest.raises(SystemExit):
         play(*flags)
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-# ------------------------------------------------------ the script ------------------------------------------------------
+# ----------------------------------------------------- the script -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -891,7 +917,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_one_command_runs_all_stages(uninterrupted):
-    assert {"args.json", "log.jsonl", "source_only.pt", "last.pt", "panel.png", "result.json"} <= {p.name for p in uninterrupted.iterdir()}
+    files = {path.name for path in uninterrupted.iterdir()}
+    assert {"args.json", "log.jsonl", "source_only.pt", "last.pt", "panel.png", "result.json"} <= files
     assert list(result(uninterrupted)["columns"]) == ["source only", "+ BN target", "LSE"]
     out = (uninterrupted.parent.parent / "out.txt").read_text()
     assert "source only" in out and "LSE" in out and "motorcycle" in out and "enlarged_miou_after" in out
@@ -912,7 +939,8 @@ def test_one_command_runs_all_stages(uninterrupted):
 
 def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uninterrupted):
     run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--out", "given")
-    assert same_weights(start, uninterrupted / "source_only.pt") and same_weights(start, tmp_path / "given/source_only.pt")
+    assert same_weights(start, uninterrupted / "source_only.pt")
+    assert same_weights(start, tmp_path / "given/source_only.pt")
     assert same_weights(uninterrupted / "last.pt", tmp_path / "given/last.pt")
 
 
@@ -921,8 +949,8 @@ def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, unint
     arguments = ["scale_invariant.py", *FEW, "--save-every", 1, "--out", "cut"]
     labelling = lambda: any((tmp_path / "cut/pseudo_labels").glob("round1/*.png"))
     for stage, count in (("source", 1), ("labels", 1), ("adapt", 1), ("adapt", 3)):
-        resume = ["--resume"] if stage != "source" else []
-        kill_when(tmp_path, labelling if stage == "labels" else lambda: logged(tmp_path / "cut", stage, count), *arguments, *resume)
+        reached = labelling if stage == "labels" else lambda: logged(tmp_path / "cut", stage, count)
+        kill_when(tmp_path, reached, *arguments, *["--resume"] * (stage != "source"))
     run(tmp_path, *arguments, "--resume")
     for name in ("source_only.pt", "last.pt"):
         assert same_weights(tmp_path / "cut" / name, uninterrupted / name)
@@ -934,8 +962,8 @@ def test_real_formats_from_start_to_end(play, tmp_path, source, classes):
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    folder, _ = play("--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none",
-                     "--workers", 1, "--iterations", 2, "--batch-norm", "live")
+    folder, _ = play("--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--workers", 1,
+                     "--backbone-weights", "none", "--iterations", 2, "--batch-norm", "live")
     scores = result(folder)
     assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
     assert "accuracy" not in lines(folder, "round 1")[0] and scores["meters"]["enlarged_miou_after"] >= 0
@@ -946,8 +974,8 @@ def test_bad_input_is_one_line(tmp_path, start):
     assert "24 target images" in message and "0.792 or more" in message  # 19 / 24, rounded up
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
-    real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW, "--portion", 4]
-    message = run(tmp_path, "scale_invariant.py", *real, "--init", start, ok=False)
+    real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW]
+    message = run(tmp_path, "scale_invariant.py", *real, "--portion", 4, "--init", start, ok=False)
     assert "last.pt" in message and "--source toy" in message and "--source gta5" in message
 
 
@@ -958,8 +986,8 @@ def test_two_processes_share_one_run(tmp_path, start):
     run_as_two(tmp_path, "scale_invariant.py", *arguments, "--out", "two")
     assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
     one, two = tmp_path / "one", tmp_path / "two"
-    for key, tolerance in (("images", 0), ("kept", 0.02), ("entropy_gap", 1e-3), ("cross_entropy", 1e-3), ("agreement", 1e-2),
-                           ("accuracy", 0.02)):
+    for key, tolerance in (("images", 0), ("kept", 0.02), ("accuracy", 0.02), ("entropy_gap", 1e-3),
+                           ("cross_entropy", 1e-3), ("agreement", 1e-2)):
         assert lines(one, "round 1")[0][key] == pytest.approx(lines(two, "round 1")[0][key], abs=tolerance), key
     for key in ("references", "examples"):
         assert round_state(one, 1)[key] == round_state(two, 1)[key]
