@@ -1474,10 +1474,10 @@ def test_real_formats_from_start_to_end(tmp_path):
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    for source, classes, flags in (("synthia", 16, ["--distill", 1, "--workers", 1]),
+    for source, classes, flags in (("synthia", 16, ["--distill", 1, "--iterations", 2, "--workers", 1]),
                                    ("gta5", 19, ["--sampling", "uniform", "--iterations", 1, "--workers", 0])):
         run(tmp_path, "cpsl.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet14",
-            "--backbone-weights", "none", *FEW, *flags)
+            "--backbone-weights", "none", *FEW, "--warmup-iterations", 1, "--distill-iterations", 1, *flags)
         folder = tmp_path / f"runs/cpsl-{source}-s0"
         scores = result(folder)
         assert len(scores["iou"]) == classes and set(scores["meters"]) == {"prototype_cosine"}
