@@ -223,7 +223,7 @@ def test_mode_cross_entropy_on_an_own_mode(sigma, expected):
 
 
 def test_mode_cross_entropy_limits_of_sigma():  # P-C3
-    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
+    e, R = unit(50, E), unit(C, K, E, seed=2)
     d2 = distances(e, R)
     for c in range(C):  # every class as likely as any other
         each = [math.exp(-mode_cross_entropy(d2[i:i + 1], torch.tensor([c]), 100.0).item()) for i in range(5)]

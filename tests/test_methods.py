@@ -1,4 +1,4 @@
-"""What all method files must do alike: the same blocks, the same flags, real photographs to the end, learning on the toy."""
+"""What all method files must do alike: the same blocks, the same flags, real photographs, learning on the toy."""
 
 import importlib
 import json
@@ -19,8 +19,10 @@ METHODS = [name for name in FILES if name != "source_only.py"]
 
 
 def test_shared_blocks_are_identical_in_every_method_file():
-    marked = {name: re.findall(r"# --- same in every method file ---\n(.*?)# --- end ---", (PROJECT / name).read_text(), re.S)
-              for name in FILES}
+    marked = {
+        name: re.findall(r"# --- same in every method file ---\n(.*?)# --- end ---", (PROJECT / name).read_text(), re.S)
+        for name in FILES
+    }
     assert len(marked) == 5 and len(marked["source_only.py"]) == 1
     assert all(blocks == marked["source_only.py"] for blocks in marked.values())
 
@@ -28,11 +30,13 @@ def test_shared_blocks_are_identical_in_every_method_file():
 def test_methods_import_nothing_else_of_the_project():
     for name in FILES:
         text = (PROJECT / name).read_text()
-        assert not [other for other in FILES if re.search(rf"^\s*(import|from) {other.removesuffix('.py')}\b", text, re.M)]
+        assert not [
+            other for other in FILES if re.search(rf"^\s*(import|from) {other.removesuffix('.py')}\b", text, re.M)
+        ]
 
 
 def test_the_same_flags_mean_the_same_everywhere(monkeypatch):
-    """Help, default and choices of every flag that several files share are the same, but for each paper's own values."""
+    """Help, default and choices of every flag that several files share are the same but for each paper's own values."""
     parsers, flags = [], {}
 
     def stop_with(parser):
@@ -56,19 +60,47 @@ def test_the_same_flags_mean_the_same_everywhere(monkeypatch):
 
 
 @needs_streets
-@pytest.mark.parametrize("method, flags", [
-    ("scale_invariant.py", ["--rounds", 1, "--portion", 8]), ("cpsl.py", ["--bank", 64]), ("sdca.py", ["--ssl-iterations", 1]),
-    ("drsl.py", ["--rounds", 1, "--head-iterations", 1, "--joint-iterations", 1])])
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("scale_invariant.py", ["--rounds", 1, "--portion", 8]),
+        ("cpsl.py", ["--bank", 64]),
+        ("sdca.py", ["--ssl-iterations", 1]),
+        ("drsl.py", ["--rounds", 1, "--head-iterations", 1, "--joint-iterations", 1]),
+    ],
+)
 def test_real_photographs(tmp_path, method, flags):
     """Seven of the sixteen classes occur: the others have no pixels anywhere, and nothing breaks."""
     link_streets(tmp_path)
-    run(tmp_path, method, "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", WEIGHTS,
-        "--workers", 0, *TINY, "--warmup-iterations", 2, "--iterations", 2, "--out", "run", *flags)
+    run(
+        tmp_path,
+        method,
+        "--source",
+        "synthia",
+        "--data-root",
+        tmp_path,
+        "--backbone",
+        "resnet18",
+        "--backbone-weights",
+        WEIGHTS,
+        "--workers",
+        0,
+        *TINY,
+        "--warmup-iterations",
+        2,
+        "--iterations",
+        2,
+        "--out",
+        "run",
+        *flags,
+    )
     scores = result(tmp_path / "run")
     assert sum(value is not None for value in scores["iou"].values()) >= 7 and scores["rare"] is None
     run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--device", "cpu", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
-    assert table["miou"] == pytest.approx(scores["miou"]) and table["iou"] == scores["iou"]  # evaluate.py reads every method's checkpoint
+    assert (
+        table["miou"] == pytest.approx(scores["miou"]) and table["iou"] == scores["iou"]
+    )  # evaluate.py reads every method's checkpoint
 
 
 @pytest.mark.parametrize("method, flags", [
@@ -83,7 +115,10 @@ def test_looking_at_the_validation_score_changes_nothing(tmp_path, method, flags
     scores = result(tmp_path / "looking")
     assert looks[-1]["val_miou"] == scores["miou"]  # the last step's network is the one that is reported
     assert scores["best_on_validation"]["val_miou"] == max(line["val_miou"] for line in looks)
-    assert f"oracle, chosen by target labels: best mIoU on the way {max(line['val_miou'] for line in looks):.1f}" in printed
+    assert (
+        f"oracle, chosen by target labels: best mIoU on the way {max(line['val_miou'] for line in looks):.1f}"
+        in printed
+    )
     if method == "drsl.py":
         run(tmp_path, method, *few, "--out", "blind")
         assert same_weights(tmp_path / "blind" / "last.pt", tmp_path / "looking" / "last.pt")
@@ -94,7 +129,7 @@ READS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "bincount", 
 
 
 class Watch(TorchDispatchMode):
-    """Collects the operations that on a GPU would make the processor wait, because they read a value or a shape depends on one."""
+    """Collects the operations for which a processor waits on its GPU: they read a value, or a shape depends on one."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +168,7 @@ def test_no_step_of_the_loop_waits_for_the_gpu(tmp_path, monkeypatch, method, fl
     assert watch.waits  # or else this test could not fail
 
 
-# ------------------------------------------------------- learning -------------------------------------------------------
+# ----------------------------------------------------- learning -----------------------------------------------------
 
 SHORT = ["--device", "cpu", "--size", "48x96", "--crop", "48x96", "--toy-images", 64, "--log-every", 1]
 
@@ -158,18 +193,46 @@ def test_source_training_learns(trained):
     assert result(trained)["columns"]["source only"]["miou"] > 10
 
 
-@pytest.mark.parametrize("method, term, flags, off", [
-    ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3], None),
-    ("cpsl.py", "sl", ["--bank", 512], ["--lambda-sl", 0]),
-    ("sdca.py", "feat_t", ["--no-ssl", "--delta", 0.5, "--tau", 1, "--lambda-feat", 1, "--lambda-out", 1],
-     ["--lambda-feat", 0, "--lambda-out", 0]),
-    ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20, "--joint-iterations", 0], ["--lambda-mm", 0, "--lambda-sma", 0])])
+@pytest.mark.parametrize(
+    "method, term, flags, off",
+    [
+        ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3], None),
+        ("cpsl.py", "sl", ["--bank", 512], ["--lambda-sl", 0]),
+        (
+            "sdca.py",
+            "feat_t",
+            ["--no-ssl", "--delta", 0.5, "--tau", 1, "--lambda-feat", 1, "--lambda-out", 1],
+            ["--lambda-feat", 0, "--lambda-out", 0],
+        ),
+        (
+            "drsl.py",
+            "mm_t",
+            ["--rounds", 1, "--head-iterations", 20, "--joint-iterations", 0],
+            ["--lambda-mm", 0, "--lambda-sma", 0],
+        ),
+    ],
+)
 def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags, off):
     """Its own target term falls, and further than with the idea off."""
     def fall(*more):
         name = f"run{len(more)}"
-        run(tmp_path, method, *SHORT, "--iterations", 40, "--lr", 1e-4, "--ramp", 5, "--init", trained / "last.pt", "--out", name,
-            *flags, *more)
+        run(
+            tmp_path,
+            method,
+            *SHORT,
+            "--iterations",
+            40,
+            "--lr",
+            1e-4,
+            "--ramp",
+            5,
+            "--init",
+            trained / "last.pt",
+            "--out",
+            name,
+            *flags,
+            *more,
+        )
         values = log(tmp_path / name, "adapt", term)
         return sum(values[:10]) - sum(values[-10:])
 

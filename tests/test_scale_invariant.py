@@ -4,7 +4,6 @@ Property names such as P3 number what a reimplementation of LSE must obey; the f
 """
 
 import argparse
-import copy
 import json
 import math
 import sys

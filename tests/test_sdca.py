@@ -5,7 +5,6 @@ values are loops, closed forms, quadrature or hand values in float64.
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -513,17 +512,6 @@ def test_lovasz_of_one_pixel_and_of_one_class():
     assert lovasz_softmax(torch.ones(1, 1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)).item() == 0
 
 
-def test_source_loss():  # SDCA-1
-    logits, label = randn(2, C, 4, 5).float(), labels(2 * 32 * 40).view(2, 32, 40)
-    label[:, :3] = 255
-    up = F.interpolate(logits, (32, 40), mode="bilinear", align_corners=True)
-    expected = F.cross_entropy(up, label, ignore_index=255) + 0.75 * lovasz_softmax(up.softmax(1), label)
-    torch.testing.assert_close(source_loss(logits, label, 0.75), expected)
-    torch.testing.assert_close(source_loss(logits, label, 0.0), F.cross_entropy(up, label, ignore_index=255))
-    void = torch.full((2, 32, 40), 255)
-    assert source_loss(logits, void, 0.75).item() == 0
-
-
 # ----------------------------------------------- labels of the target -----------------------------------------------
 
 
@@ -578,7 +566,7 @@ def test_pseudo_labels():
 
 # ------------------------------------------------- one training step -------------------------------------------------
 
-SETTINGS = {"tau": 0.5, "delta": 0.3, "lambda_lov": 0.75, "lambda_feat": 0.3, "lambda_out": 2.0, "covariance": True,
+SETTINGS = {"tau": 0.5, "delta": 0.3, "lambda_lov": 0.6, "lambda_feat": 0.3, "lambda_out": 2.0, "covariance": True,
             "raw_statistics": False, "precision": "fp32", "device": "cpu"}
 TERMS = ("sup", "feat_s", "feat_t", "out_s", "out_t")
 
@@ -669,7 +657,7 @@ def test_every_term_of_a_step_equals_its_independent_value(settings):  # SDCA-1,
         assert losses[name].item() == pytest.approx(value, rel=2e-5, abs=2e-6), name
     up = common.upsample(step.network(step.x_s)[1], (32, 64))
     sup = F.cross_entropy(up, step.y_s, ignore_index=255).item()
-    sup += 0.75 * lovasz_softmax(up.softmax(1), step.y_s).item()
+    sup += 0.6 * lovasz_softmax(up.softmax(1), step.y_s).item()
     assert losses["sup"].item() == pytest.approx(sup, rel=1e-5)
     total = (sup + 0.3 * (expected["feat_s"] + expected["feat_t"]) + 2 * (expected["out_s"] + expected["out_t"]))
     assert losses["loss"].item() == pytest.approx(total, rel=2e-5)  # SDCA-9
