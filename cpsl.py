@@ -125,6 +125,8 @@ Deviations
 For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two distillations
 59.4 and 60.8 mIoU. Nobody has run this file on GTA5.
 
+What to expect on the present toy world has not been measured yet.
+
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
     python cpsl.py --marginal uniform                   # a transport problem that knows nothing of the classes
     python cpsl.py --no-rectify                         # plain self-training on argmax P_ST

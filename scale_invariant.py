@@ -118,6 +118,8 @@ Deviations
 Published, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101); SYNTHIA, 16 and 13 classes, 40.0 and 47.0
 (VGG16), 42.6 and 49.4 (ResNet-101, the row of deviation 10, its start unknown). Nobody has run this file on them.
 
+What to expect on the present toy world has not been measured yet.
+
     python scale_invariant.py                                   # toy world: warm-up, two rounds, table, picture
     python scale_invariant.py --view whole                      # self-training on whole images, not enlarged
     python scale_invariant.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt

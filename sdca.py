@@ -123,6 +123,8 @@ lambda_feat, lambda_out       1, 1                                  the same    
 With --raw-statistics f is normalised first, and M and V of f are used as they are (as in the authors' later SePiCo):
 then the Gaussians are the data's own; normalised variances keep a class's profile but lose how wide it is [D].
 
+What to expect on the present toy world has not been measured yet.
+
     python sdca.py                                              # toy world: all stages, table, picture
     python sdca.py --lambda-feat 0 --lambda-out 0               # the idea off: no contrastive loss, the same steps
     python sdca.py --no-ssl                                     # the contrastive adaptation alone
