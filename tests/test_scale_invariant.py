@@ -653,6 +653,23 @@ def test_stages_and_batch_norm(play, policy):
     assert not torch.equal(source["classifier.0.weight"], settled[2]["state"]["classifier.0.weight"])
 
 
+def test_the_distributed_network_is_trained_and_the_bare_one_does_the_rest(play, monkeypatch):
+    class Distributed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, images):
+            return self.module(images)
+
+    monkeypatch.setattr(common, "distribute", Distributed)
+    _, trace = play()
+    bare = trace.of("settle")[0]["model"]
+    networks = [call["network"] for call in trace.of("step_losses")]
+    assert all(isinstance(network, Distributed) and network.module is bare for network in networks)
+    assert all(call["model"] is bare for call in trace.of("settle") + trace.of("label_target") + trace.of("validate"))
+
+
 @pytest.mark.parametrize("view", ["enlarged", "window", "whole", "both"])
 def test_what_the_network_is_trained_on(play, view):
     """Each batch holds examples of its own round with the labels on disk, beside labelled source images."""
@@ -956,13 +973,16 @@ def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, unint
 
 
 @pytest.mark.parametrize("source, classes", [("synthia", 16), ("gta5", 19)])
-def test_real_formats_from_start_to_end(play, tmp_path, source, classes):
+def test_real_formats_from_start_to_end(play, tmp_path, monkeypatch, source, classes):
     {"synthia": write_synthia, "gta5": write_gta5}[source](tmp_path)
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    folder, _ = play("--source", source, "--data-root", tmp_path, "--backbone", "resnet18", "--workers", 1,
-                     "--backbone-weights", "none", "--iterations", 2, "--batch-norm", "live")
+    augment, sizes = common.training_augment, []
+    monkeypatch.setattr(common, "training_augment", lambda args, *size: sizes.append(size) or augment(args, *size))
+    folder, _ = play("--source", source, "--data-root", tmp_path, "--source-size", "48x96", "--backbone", "resnet18",
+                     "--backbone-weights", "none", "--workers", 1, "--iterations", 2, "--batch-norm", "live")
+    assert ((48, 96),) in sizes  # source images are scaled and cropped from their own size
     scores = result(folder)
     assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
     assert "accuracy" not in lines(folder, "round 1")[0] and scores["meters"]["enlarged_miou_after"] >= 0
