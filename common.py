@@ -1586,7 +1586,7 @@ def toy_picture(world, domain, split, index, size):
     return develop(scene)
 
 
-# Per class: how much colours vary from thing to thing; colour and roughness of each look; whose colour look 2 wears.
+# Per class: how much colours vary from thing to thing; colour and roughness of each look; where look 2's colour leans.
 _LOOKS = {
     "road": (6, ((82, 82, 88), 0.06), ((120, 114, 108), 0.03), ((153, 138, 130), 0.12)),  # sidewalk
     "sidewalk": (8, ((186, 166, 154), 0.08), ((158, 152, 150), 0.05), ((128, 119, 119), 0.06)),  # road

@@ -346,17 +346,17 @@ class ProDANetwork(common.DeepLabV2):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
+    return loss / (label != common.IGNORE).sum().clamp(min=1)
 
 
 def poly_lr(base, step, steps, power=0.9):
-    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
+    """The poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 
@@ -678,8 +678,9 @@ def main():
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
-        update_average(teacher, model, args.ema)
-        update_average(teacher_head, head, args.ema)
+        if args.rectify:  # without, nobody asks the momentum copies
+            update_average(teacher, model, args.ema)
+            update_average(teacher_head, head, args.ema)
         moved = 1 - F.cosine_similarity(head.prototypes.detach(), head.start, dim=1).mean()
         run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms, moved=moved)
         run.validate("adapt", done, args.iterations, model, views)

@@ -297,17 +297,17 @@ def round_steps(examples, epochs, batch_size):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """SRC-1: cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
     loss = F.cross_entropy(logits, label, ignore_index=common.IGNORE, reduction="sum")
-    return loss / (label != common.IGNORE).sum().clamp(min=1)  # SRC-1
+    return loss / (label != common.IGNORE).sum().clamp(min=1)
 
 
 def poly_lr(base, step, steps, power=0.9):
-    """SRC-2, the poly schedule: base * (1 - step / steps) ** power."""
+    """The poly schedule: base * (1 - step / steps) ** power."""
     return base * (1 - step / steps) ** power
 
 

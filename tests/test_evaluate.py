@@ -13,6 +13,8 @@ from trees import write_cityscapes
 import common
 import evaluate
 
+EXPORT = ["--export", "out", "--precision", "fp32", "--json", "t.json"]
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -97,19 +99,7 @@ def test_scales_and_flip_change_the_numbers_a_little(toy):
 def test_export_speaks_cityscapes(tmp_path):
     write_cityscapes(tmp_path, splits=("val",))
     model = real_checkpoint(tmp_path).eval()
-    run(
-        tmp_path,
-        "evaluate.py",
-        "synthia.pt",
-        "--data-root",
-        tmp_path,
-        "--export",
-        "out",
-        "--precision",
-        "fp32",
-        "--json",
-        "t.json",
-    )
+    run(tmp_path, "evaluate.py", "synthia.pt", "--data-root", tmp_path, *EXPORT)
     names = [f"{city}_{i:06d}_000019" for city in ("aachen", "bonn") for i in range(3)]
     assert {p.name for p in (tmp_path / "out/labelIds").iterdir()} == {f"{n}_pred_labelIds.png" for n in names}
     assert {p.name for p in (tmp_path / "out/color").iterdir()} == {f"{n}_pred_color.png" for n in names}
@@ -222,19 +212,7 @@ def test_the_official_evaluator_gives_our_numbers(tmp_path):
         torch.nn.init.normal_(branch.weight, std=1.0)  # predictions of many classes
     checkpoint = torch.load(tmp_path / "gta5.pt", weights_only=True)
     torch.save({**checkpoint, "model": model.state_dict()}, tmp_path / "gta5.pt")
-    run(
-        tmp_path,
-        "evaluate.py",
-        "gta5.pt",
-        "--data-root",
-        tmp_path,
-        "--export",
-        "out",
-        "--precision",
-        "fp32",
-        "--json",
-        "t.json",
-    )
+    run(tmp_path, "evaluate.py", "gta5.pt", "--data-root", tmp_path, *EXPORT)
     predictions = sorted(str(path) for path in (tmp_path / "out/labelIds").iterdir())
     truths = sorted(str(path) for path in (tmp_path / "cityscapes/gtFine/val").rglob("*_labelIds.png"))
     official.args.evalInstLevelScore, official.args.JSONOutput, official.args.quiet = False, False, True
