@@ -17,18 +17,8 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).parent.parent
-TINY = [
-    "--device",
-    "cpu",
-    "--size",
-    "32x64",
-    "--toy-images",
-    "24",
-    "--batch-size",
-    "2",
-    "--log-every",
-    "1",
-]  # one step takes a moment
+TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every",
+        "1"]  # one step takes a moment
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # inherited by every run
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 SERVER = multiprocessing.get_context("forkserver")
@@ -93,16 +83,8 @@ def start_two(folder, script, *arguments):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
-        start(
-            folder,
-            script,
-            *arguments,
-            RANK=rank,
-            LOCAL_RANK=rank,
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
+        start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+              MASTER_PORT=port)
         for rank in "01"
     ]
 

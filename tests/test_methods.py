@@ -62,38 +62,16 @@ def test_the_same_flags_mean_the_same_everywhere(monkeypatch):
 @needs_streets
 @pytest.mark.parametrize(
     "method, flags",
-    [
-        ("scale_invariant.py", ["--rounds", 1, "--portion", 8]),
-        ("cpsl.py", ["--bank", 64]),
-        ("sdca.py", ["--ssl-iterations", 1]),
-        ("drsl.py", ["--rounds", 1, "--head-iterations", 1, "--joint-iterations", 1]),
-    ],
+    [("scale_invariant.py", ["--rounds", 1, "--portion", 8]), ("cpsl.py", ["--bank", 64]),
+     ("sdca.py", ["--ssl-iterations", 1]),
+     ("drsl.py", ["--rounds", 1, "--head-iterations", 1, "--joint-iterations", 1])],
 )
 def test_real_photographs(tmp_path, method, flags):
     """Seven of the sixteen classes occur: the others have no pixels anywhere, and nothing breaks."""
     link_streets(tmp_path)
-    run(
-        tmp_path,
-        method,
-        "--source",
-        "synthia",
-        "--data-root",
-        tmp_path,
-        "--backbone",
-        "resnet18",
-        "--backbone-weights",
-        WEIGHTS,
-        "--workers",
-        0,
-        *TINY,
-        "--warmup-iterations",
-        2,
-        "--iterations",
-        2,
-        "--out",
-        "run",
-        *flags,
-    )
+    run(tmp_path, method, "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet18",
+        "--backbone-weights", WEIGHTS, "--workers", 0, *TINY, "--warmup-iterations", 2, "--iterations", 2, "--out",
+        "run", *flags)
     scores = result(tmp_path / "run")
     assert sum(value is not None for value in scores["iou"].values()) >= 7 and scores["rare"] is None
     run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--device", "cpu", "--json", "table.json")
@@ -105,7 +83,7 @@ def test_real_photographs(tmp_path, method, flags):
 
 @pytest.mark.parametrize("method, flags", [
     ("scale_invariant.py", ["--rounds", 2]), ("cpsl.py", ["--bank", 64]), ("sdca.py", ["--ssl-iterations", 2]),
-    ("drsl.py", ["--rounds", 2, "--head-iterations", 1])])
+    ("drsl.py", ["--rounds", 2, "--head-iterations", 1, "--joint-iterations", 1])])
 def test_looking_at_the_validation_score_changes_nothing(tmp_path, method, flags):
     few = [*TINY, "--warmup-iterations", 2, "--iterations", 4, *flags]
     printed = run(tmp_path, method, *few, "--out", "looking", "--val-every", 2)
@@ -145,7 +123,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("method, flags", [
     ("scale_invariant", ["--rounds", 1]), ("cpsl", ["--bank", 64]), ("cpsl", ["--no-rectify"]),
-    ("sdca", ["--no-ssl", "--delta", 0.1]), ("drsl", ["--rounds", 1, "--head-iterations", 0])])
+    ("sdca", ["--no-ssl", "--delta", 0.1]), ("drsl", ["--rounds", 1, "--head-iterations", 0, "--joint-iterations", 0])])
 def test_no_step_of_the_loop_waits_for_the_gpu(tmp_path, monkeypatch, method, flags):
     """The real main(), watched while it computes the losses of every adaptation step."""
     module, watch = importlib.import_module(method), Watch()
@@ -198,41 +176,18 @@ def test_source_training_learns(trained):
     [
         ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3], None),
         ("cpsl.py", "sl", ["--bank", 512], ["--lambda-sl", 0]),
-        (
-            "sdca.py",
-            "feat_t",
-            ["--no-ssl", "--delta", 0.5, "--tau", 1, "--lambda-feat", 1, "--lambda-out", 1],
-            ["--lambda-feat", 0, "--lambda-out", 0],
-        ),
-        (
-            "drsl.py",
-            "mm_t",
-            ["--rounds", 1, "--head-iterations", 20, "--joint-iterations", 0],
-            ["--lambda-mm", 0, "--lambda-sma", 0],
-        ),
+        ("sdca.py", "feat_t", ["--no-ssl", "--delta", 0.5, "--tau", 1, "--lambda-feat", 1, "--lambda-out", 1],
+         ["--lambda-feat", 0, "--lambda-out", 0]),
+        ("drsl.py", "mm_t", ["--rounds", 1, "--head-iterations", 20, "--joint-iterations", 0],
+         ["--lambda-mm", 0, "--lambda-sma", 0]),
     ],
 )
 def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, method, term, flags, off):
     """Its own target term falls, and further than with the idea off."""
     def fall(*more):
         name = f"run{len(more)}"
-        run(
-            tmp_path,
-            method,
-            *SHORT,
-            "--iterations",
-            40,
-            "--lr",
-            1e-4,
-            "--ramp",
-            5,
-            "--init",
-            trained / "last.pt",
-            "--out",
-            name,
-            *flags,
-            *more,
-        )
+        run(tmp_path, method, *SHORT, "--iterations", 40, "--lr", 1e-4, "--ramp", 5, "--init", trained / "last.pt",
+            "--out", name, *flags, *more)
         values = log(tmp_path / name, "adapt", term)
         return sum(values[:10]) - sum(values[-10:])
 

@@ -80,19 +80,9 @@ def test_items_keep_their_contract(domain):
 def test_class_shares_have_the_shape_of_cityscapes(domain):
     assert set(range(16)) <= set(np.unique(scenes(domain)[1]))
     assert 60 < share(domain, "road", "building", "vegetation", "sky") < 88
-    for name, low, high in (
-        ("road", 28, 45),
-        ("building", 16, 30),
-        ("vegetation", 10, 22),
-        ("sky", 2, 10),
-        ("sidewalk", 3, 9),
-        ("car", 4, 12),
-        ("wall", 0.3, 1.5),
-        ("fence", 0.3, 1.5),
-        ("pole", 0.8, 2.6),
-        ("person", 0.6, 2),
-        ("traffic sign", 0.25, 1),
-    ):
+    for name, low, high in (("road", 28, 45), ("building", 16, 30), ("vegetation", 10, 22), ("sky", 2, 10),
+                            ("sidewalk", 3, 9), ("car", 4, 12), ("wall", 0.3, 1.5), ("fence", 0.3, 1.5),
+                            ("pole", 0.8, 2.6), ("person", 0.6, 2), ("traffic sign", 0.25, 1)):
         assert low < share(domain, name) < high, name
 
 

@@ -100,14 +100,8 @@ needs_streets = pytest.mark.skipif(not (STREETS.exists() and WEIGHTS.exists()),
 
 def link_streets(root, count=12):
     """A tree of links to the first photographs of each set, with their labels."""
-    for folder in (
-        "RAND_CITYSCAPES/RGB",
-        "RAND_CITYSCAPES/GT/LABELS",
-        "cityscapes/leftImg8bit/train",
-        "cityscapes/leftImg8bit/val",
-        "cityscapes/gtFine/train",
-        "cityscapes/gtFine/val",
-    ):
+    for folder in ("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", "cityscapes/leftImg8bit/train",
+                   "cityscapes/leftImg8bit/val", "cityscapes/gtFine/train", "cityscapes/gtFine/val"):
         for path in sorted((STREETS / folder).rglob("*.png"))[:count]:
             link = root / path.relative_to(STREETS)
             link.parent.mkdir(parents=True, exist_ok=True)
