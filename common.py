@@ -903,20 +903,68 @@ def comparison_panel(path, models, args, split="val", scenes=4):
         draw_panel(path, ["image", "truth", *models], rows)
 
 
+def logged_curves(lines):
+    """What log.jsonl's dicts `lines` hold to draw: ({stage: step at which it starts}, {name: [(step, value), ...]}).
+
+    Steps are counted through all stages; what is logged between two steps stands at the one before. After a resume the
+    later value of a step counts. What is not a finite number is left out, and so is a name with a single value.
+    """
+    starts, curves, now = {}, {}, 0
+    for line in lines:
+        step = str(line.get("step")).split("/")[0]
+        if step.isdecimal():
+            now = starts.setdefault(str(line.get("stage")).removesuffix(" oracle"), now) + int(step)
+        for name, value in line.items():
+            if name not in ("step", "seconds") and isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, {})[now] = value
+    return starts, {name: sorted(points.items()) for name, points in curves.items() if len(points) > 1}
+
+
+def draw_curves(path, lines, columns=3, width=300, height=90):
+    """Writes a picture of `logged_curves`: a panel per name, a grey line where a stage starts. No curves, no file.
+
+    Pale: every value; dark: their means over a sixtieth of the steps. Over each panel its last value and its range.
+    """
+    starts, curves = logged_curves(lines)
+    if not curves:
+        return
+    last = max(*starts.values(), *(points[-1][0] for points in curves.values()))
+    rows = math.ceil(len(curves) / columns)
+    sheet = Image.new("RGB", (16 + columns * (width + 16), 24 + rows * (height + 24)), "white")
+    pen = ImageDraw.Draw(sheet)
+    stages = ", ".join(f"{stage} from {start}" for stage, start in starts.items())
+    pen.text((16, 4), f"steps 0 to {last}: {stages}", fill="black")
+    for i, (name, points) in enumerate(curves.items()):
+        left, top = 16 + i % columns * (width + 16), 40 + i // columns * (height + 24)
+        points = np.array(points, float)  # (n, 2): step, value
+        low, high = points[:, 1].min(), points[:, 1].max()
+        pen.text((left, top - 14), f"{name}   {points[-1, 1]:.4g}   ({low:.4g} to {high:.4g})", fill="black")
+        for x in (left + width * start / last for start in starts.values()):
+            pen.line([x, top, x, top + height], fill="silver")
+        pen.rectangle([left, top, left + width, top + height], outline="silver")
+        places = (points - (0, high)) * (width / last, -height / (high - low or 1)) + (left, top)  # (n, 2): x, y
+        means = [part.mean(0) for part in np.split(places, 1 + np.flatnonzero(np.diff(points[:, 0] * 60 // last)))]
+        for line, colour in ((places, "lightsteelblue"), (means, "navy")):
+            pen.line(np.array(line).flatten().tolist(), fill=colour)
+    with writing(path) as temporary:
+        sheet.save(temporary)
+
+
 # ============================================ command line and run folder ============================================
 
 
 class BySource(dict):
-    """A default that depends on --source. argparse prints it in --help; `parse` picks the entry."""
+    """A default that depends on --source and --preset. argparse prints it in --help; `parse` picks the entry."""
 
     def __str__(self):
         texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in self.items()}
         return ", ".join(f"{source} {text}" for source, text in texts.items())
 
 
-def by_source(toy, gta5, synthia=None):
-    """Defaults for the three sources; synthia's are gta5's unless given."""
-    return BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
+def by_source(toy, gta5, synthia=None, small=None):
+    """Defaults for the three sources and --preset small; synthia's are gta5's unless given, small's the source's."""
+    values = BySource(toy=toy, gta5=gta5, synthia=gta5 if synthia is None else synthia)
+    return values if small is None else BySource(values, small=small)
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -987,27 +1035,30 @@ def shared_parser(doc, adapts=False):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_data_flags(parser)
+    add("--preset", choices=("small",),
+        help="small: for gta5 and synthia, an evening on one small GPU (not measured yet); None: the papers' settings")
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
-    add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101"),
+    add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101", small="resnet50"),
         help="network under the DeepLabV2 head, or FCN8s on VGG16")
     add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
         help="its start: a torchvision state dict, torchvision's download, or random")
-    add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024)),
+    add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024), small=(256, 512)),
         help="working size of target images, and of evaluation")
-    add("--source-size", type=height_width, metavar="HxW", default=by_source((80, 160), (720, 1280), (760, 1280)),
+    add("--source-size", type=height_width, metavar="HxW",
+        default=by_source((80, 160), (720, 1280), (760, 1280), small=(368, 640)),
         help="size to which source images are resized; --size, where only that is given")
-    add("--crop", type=height_width, metavar="HxW", default=by_source((64, 128), (512, 1024)),
+    add("--crop", type=height_width, metavar="HxW", default=by_source((64, 128), (512, 1024), small=(256, 512)),
         help="random crop on which the network is trained; --size, where only that is given")
     add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; the smallest picture must hold the crop")
-    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen"),
+    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen", small="target"),
         help="while adapting: live; or frozen, with the target's statistics or with the source-only model's")
-    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd"),
+    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd", small="adamw"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
     add("--head-lr", type=positive, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
-    add("--batch-size", type=count, metavar="N", default=by_source(4, 2),
+    add("--batch-size", type=count, metavar="N", default=by_source(4, 2, small=4),
         help="images per step and domain, over all processes")
     add("--seed", type=natural, default=0, metavar="N", help="of weights, data order and augmentation")
     add_machine_flags(parser)
@@ -1015,9 +1066,10 @@ def shared_parser(doc, adapts=False):
     add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
         add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
-        add("--warmup-iterations", type=count, metavar="T", default=by_source(600, 60000),
+        add("--warmup-iterations", type=count, metavar="T", default=by_source(600, 60000, small=10000),
             help="steps of source-only training")
-        add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4), help="its base learning rate")
+        add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4, small=1e-4),
+            help="its base learning rate")
         add("--ramp", type=natural, metavar="T", default=by_source(40, 500),
             help="steps over which the adaptation's learning rate rises")
         add("--power", type=weight, metavar="X", default=0.9, help="exponent of its poly decay afterwards, 0 for none")
@@ -1027,8 +1079,11 @@ def shared_parser(doc, adapts=False):
 
 
 def parse(parser, argv=None):
-    """Parsed arguments with every default that depends on the source filled in."""
+    """Parsed arguments with every default that depends on the source and the preset filled in."""
     args = parser.parse_args(argv)
+    preset = getattr(args, "preset", None)  # common.py itself has none
+    if args.source == "toy" and preset:
+        parser.error(f"--preset {preset} without --source gta5 or synthia: the toy world is small already")
     if args.source == "toy" and args.data_root:
         parser.error("--data-root without --source gta5 or synthia: the toy world reads no data")
     if not isinstance(getattr(args, "size", None), (BySource, type(None))):
@@ -1037,7 +1092,7 @@ def parse(parser, argv=None):
                 setattr(args, key, args.size)
     for key, value in vars(args).items():
         if isinstance(value, BySource):
-            setattr(args, key, value[args.source])
+            setattr(args, key, value.get(preset, value[args.source]))
     if args.source == "toy" and hasattr(args, "size"):
         args.source_size = args.size
     if hasattr(args, "scale_jitter") and args.scale_jitter[0] > args.scale_jitter[1]:
@@ -1063,8 +1118,17 @@ def ramp(step, args):
     return min(1.0, step / max(args.ramp, 1))
 
 
+def time_left(seconds, done, remaining):
+    """Text such as ", 5 min left": `done` steps took `seconds`, `remaining` are to come. Empty if either is none."""
+    if min(done, remaining) <= 0:
+        return ""
+    left = seconds / done * remaining
+    size, unit = (1, "s") if left < 120 else (60, "min") if left < 36000 else (3600, "h")
+    return f", {left / size:.0f} {unit} left"
+
+
 class Run:
-    """The folder of one run: args.json, log.jsonl, checkpoints, panel.png, result.json. No other run may write to it.
+    """The folder of one run, and of no other: args.json, log.jsonl, checkpoints, curve.png, panel.png, result.json.
 
     Also holds what every loop asks between two steps: whether to log, to save, to stop, and the time spent.
     """
@@ -1073,6 +1137,7 @@ class Run:
         self.method, self.args, self.interrupted = method, args, False
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
         self.seconds_before, self.started = 0.0, time.time()
+        self.stage, self.stage_step, self.stage_started = None, 0, 0.0  # the first step of the stage in this session
         start_processes(args)
         check_data(args)
         torch.manual_seed(args.seed)
@@ -1130,6 +1195,8 @@ class Run:
         values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
         because reading them makes the processor wait for the GPU.
         """
+        if stage != self.stage:
+            self.stage, self.stage_step, self.stage_started = stage, step, time.time()
         logged = self.time_to_log(step, steps)
         if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
             return
@@ -1138,15 +1205,16 @@ class Run:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise InputError(f"{stage} step {step}: not finite ({terms}); {self.last_checkpoint()}")
         if logged:
-            self.log(stage, f"{step}/{steps}", **values)
+            seconds = time.time() - self.stage_started
+            self.log(stage, f"{step}/{steps}", time_left(seconds, step - self.stage_step, steps - step), **values)
 
     def last_checkpoint(self):
         """What is left after a run has failed, for its message."""
         files = sorted(self.folder.glob("*.pt"), key=lambda path: path.stat().st_mtime)
         return f"the last checkpoint, {files[-1]}, is intact" if files else "there is no checkpoint yet"
 
-    def log(self, stage, step="", **values):
-        """One line on the screen and one object in log.jsonl."""
+    def log(self, stage, step="", left="", **values):
+        """One line on the screen, with the text `left` at its end, and one object in log.jsonl."""
         if rank() == 0:
             entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
             try:
@@ -1156,7 +1224,7 @@ class Run:
                 reason = f"cannot be written ({error}); {self.last_checkpoint()}"
                 raise InputError(f"{self.folder / 'log.jsonl'}: {reason}") from error
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-            print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s]", flush=True)
+            print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s{left}]", flush=True)
 
     def logged(self):
         """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave at the end."""
@@ -1183,7 +1251,7 @@ class Run:
             self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
 
     def save(self, file, step, model, **parts):
-        """Writes a checkpoint atomically; after Ctrl-C ends the program.
+        """Writes a checkpoint atomically and the log's curves as curve.png; after Ctrl-C ends the program.
 
         It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout)
         and the state_dict of each named part. Tensors, numbers, strings and plain dicts.
@@ -1198,6 +1266,8 @@ class Run:
         if rank() == 0:
             with writing(self.folder / file) as temporary:
                 torch.save(contents, temporary)
+            with contextlib.suppress(InputError):  # a damaged log or a full disk costs the picture, not the run
+                draw_curves(self.folder / "curve.png", self.logged())
         if self.interrupted:
             sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
 
@@ -1538,7 +1608,7 @@ class ToyStreets(Dataset):
       undo them; its streets are narrower and its houses lower.
 
     `world` draws other colours, proportions of the looks and another tint. `images` is the length of a train split; val
-    has a quarter of it. The target's train split carries no label unless `labelled=True`; `label_dir` as in Cityscapes.
+    has half of it. The target's train split carries no label unless `labelled=True`; `label_dir` as in Cityscapes.
     """
 
     def __init__(self, domain, split="train", size=(80, 160), world=0, augment=None, labelled=None, label_dir=None,
@@ -1548,7 +1618,7 @@ class ToyStreets(Dataset):
         self.domain, self.split, self.size, self.world = domain, split, tuple(size), world
         self.labelled = (domain == "source" or split != "train") if labelled is None else labelled
         self.augment, self.label_dir, self.full_label = augment, label_dir, full_label
-        self.length = images if split == "train" else max(1, images // 4)
+        self.length = images if split == "train" else max(1, images // 2)
 
     def __len__(self):
         return self.length

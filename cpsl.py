@@ -590,9 +590,9 @@ def distill(teacher, source, views, args, run, stage, file):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000),
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000, small=6000),
         help="steps of self-training [C]")
-    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-4),
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-4, small=5e-5),
         help="its base learning rate [C]")
     add("--head-scale", type=common.positive, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
@@ -622,9 +622,9 @@ def parse_args():
         help="CPSL-10 [C], one more view of the target per step")
     add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="its weight [C]")
     add("--distill", type=common.natural, metavar="N", default=0, help="distillation stages afterwards [C: 2]")
-    add("--distill-iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000),
+    add("--distill-iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000, small=6000),
         help="steps of each [C]")
-    add("--distill-lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 6e-4),
+    add("--distill-lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 6e-4, small=1e-4),
         help="their base learning rate [C]")
     add("--confidence", type=common.fraction, metavar="X", default=0.95, help="that a label needs in distillation [C]")
     add("--lambda-kd", type=common.weight, metavar="X", default=1.0, help="weight of the distillation loss [C]")

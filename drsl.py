@@ -556,13 +556,13 @@ def make_optimizer_with_modes(model, head, args):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
-    add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000),
+    add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
         help="mode warm-up at --warmup-lr, network standing still [U]")
-    add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000),
+    add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000, small=1000),
         help="mode warm-up at --lr, network learning too, with --lambda-mm 0 from its cross-entropy alone [U]")
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
         help="rounds of pseudo-labels [U: 3 to 6]")
-    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000),
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000, small=6000),
         help="adaptation steps, all rounds together")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-5),
         help="base learning rate of the adaptation [F]")

@@ -521,11 +521,11 @@ def parse_args():
     add = parser.add_argument
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 7),
         help="rounds of ranking and training [C]")
-    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 0),
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 0, small=6000),
         help="adaptation steps, all rounds together; 0: as --epochs says [C]")
     add("--epochs", type=common.count, metavar="N", default=2,
         help="with --iterations 0: times over the examples of a round, poly decay starting anew in each [C]")
-    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-6),
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-6, small=5e-5),
         help="base learning rate of the adaptation [C]")
     add("--portion", type=common.positive, metavar="p_0", default=common.by_source(1.0, 0.10),
         help="p of the first round: 19 times the share of images that a class keeps [C]")

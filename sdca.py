@@ -508,28 +508,29 @@ def train_ssl(model, args, run, labels):
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=common.natural, metavar="T", default=common.by_source(160, 40000),
+    add("--iterations", type=common.natural, metavar="T", default=common.by_source(160, 40000, small=4000),
         help="steps of the contrastive adaptation [C]")
-    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 2.5e-4),
+    add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 2.5e-4, small=5e-5),
         help="its base learning rate [C]")
-    add("--horizon", type=common.number(float, 1), metavar="X", default=common.by_source(1.0, 1.5625),
+    add("--horizon", type=common.number(float, 1), metavar="X", default=common.by_source(1.0, 1.5625, small=1.0),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
     add("--tau", type=common.positive, default=100.0, help="temperature [C]; below 1 the covariance counts")
     add("--delta", type=common.fraction, default=0.9, help="least confidence of a target pixel in the adaptation [C]")
     add("--lambda-lov", type=common.weight, default=0.75,
         help="weight of Lovasz-softmax on source, also in the warm-up [C]")
-    add("--lambda-feat", type=common.weight, default=common.by_source(10.0, 1.0),
+    add("--lambda-feat", type=common.weight, default=common.by_source(10.0, 1.0, small=10.0),
         help="weight of the bound on features [C]; 0 for none")
-    add("--lambda-out", type=common.weight, default=common.by_source(10.0, 1.0),
+    add("--lambda-out", type=common.weight, default=common.by_source(10.0, 1.0, small=10.0),
         help="weight of the bound on logits [C]; 0 for none")
     add("--covariance", action=switch, default=True, help="without: zero covariance, centroid-aware")
     add("--raw-statistics", action="store_true", help="use statistics as they are, those of normalised features")
     add("--ssl", action=switch, default=True, help="self-supervised training after the adaptation [P]")
     add("--theta", type=common.fraction, default=0.9, help="upper bound of its pseudo-labels' class thresholds [C]")
-    add("--from-scratch-ssl", action=switch, default=common.by_source(False, True),
+    add("--from-scratch-ssl", action=switch, default=common.by_source(False, True, small=False),
         help="start it from the backbone's weights [C]; else from the adapted model")
-    add("--ssl-iterations", type=common.natural, metavar="T", default=common.by_source(80, 20000), help="its steps [C]")
-    add("--ssl-lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-4),
+    add("--ssl-iterations", type=common.natural, metavar="T", default=common.by_source(80, 20000, small=2000),
+        help="its steps [C]")
+    add("--ssl-lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-4, small=5e-5),
         help="its base learning rate [C]")
     return common.parse(parser)
 

@@ -1,6 +1,7 @@
 """common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -729,6 +730,121 @@ def test_defaults_depend_on_the_source_and_are_printed():
     for wrong in ("80", "x", "80x", "0x8", "-8x8", "axb", "8x8x8", "12x16"):
         with pytest.raises(argparse.ArgumentTypeError):
             common.height_width(wrong)
+
+
+def test_small_preset(tmp_path, capsys):
+    def parse(*flags):
+        return common.parse(common.shared_parser("T", adapts=True), flags)
+
+    assert (parse("--source", "gta5").preset, parse("--source", "gta5").warmup_iterations) == (None, 60000)
+    small = parse("--source", "gta5", "--preset", "small", "--batch-norm", "frozen")
+    assert (small.backbone, small.warmup_iterations, small.batch_norm) == ("resnet50", 10000, "frozen")
+    assert (small.head_lr, small.ramp, small.scale_jitter) == (10.0, 500, [1.0, 1.5])  # the papers'
+    text = " ".join(common.shared_parser("T").format_help().split())
+    assert "--preset {small}" in text and "gta5 720x1280, synthia 760x1280, small 368x640" in text
+    with pytest.raises(SystemExit):
+        parse("--preset", "small")
+    assert "the toy world is small already" in capsys.readouterr().err
+
+    common.Run("drsl", settings(out=str(tmp_path / "run"), preset="small"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert common.read_json(tmp_path / "run/args.json")["preset"] == "small"
+    with pytest.raises(InputError, match="had --preset small; give the same"):
+        common.Run("drsl", settings(out=str(tmp_path / "run"), preset=None, resume=True))
+
+
+def test_time_left(tmp_path, monkeypatch, capsys):
+    assert common.time_left(10, 2, 4) == ", 20 s left" and common.time_left(119.4, 1, 1) == ", 119 s left"
+    assert common.time_left(120, 1, 1) == ", 2 min left" and common.time_left(60, 1, 599) == ", 599 min left"
+    assert common.time_left(60, 1, 600) == ", 10 h left"
+    assert common.time_left(5, 0, 9) == common.time_left(5, 9, 0) == common.time_left(5, -1, 9) == ""
+
+    clock = [1000.0]
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+
+    def session(steps, **changes):
+        """The ends of the lines that a session prints which does those (stage, step)s of 10, 3 seconds each."""
+        run = common.Run("drsl", settings(out=str(tmp_path / "run"), log_every=1, **changes))
+        capsys.readouterr()
+        for stage, step in steps:
+            clock[0] += 3
+            run.log_step(stage, step, 10, loss=1.0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which also lets go of the run and its lock
+        return [line.split("[")[1] for line in capsys.readouterr().out.splitlines()]
+
+    both = [("source", 9), ("source", 10), ("adapt", 1), ("adapt", 2), ("adapt", 3)]
+    assert session(both) == ["3 s]", "6 s]", "9 s]", "12 s, 24 s left]", "15 s, 21 s left]"]
+    clock[0] += 5000  # nothing runs
+    assert session([("adapt", 3), ("adapt", 4), ("adapt", 5)], resume=True) == [
+        "18 s]", "21 s, 18 s left]", "24 s, 15 s left]"]
+    assert "left" not in (tmp_path / "run/log.jsonl").read_text()
+
+
+LINES = [
+    {"stage": "source", "step": "25/50", "lr": 0.1, "loss": 3.0, "seconds": 1},
+    {"stage": "source", "step": "50/50", "lr": 0.1, "loss": 1.0, "seconds": 2},
+    {"stage": "round 1", "step": "", "kept": 0.5, "effective": [1, None], "seconds": 3},
+    {"stage": "adapt", "step": "50/50", "loss": 9.0, "sl": math.nan, "seconds": 4},  # before a resume
+    {"stage": "adapt", "step": "25/50", "loss": None, "sl": 5, "lr": math.nan, "seconds": 4},
+    {"stage": "adapt", "step": "50/50", "loss": 2.0, "sl": 6, "seconds": 5},
+    {"stage": "adapt oracle", "step": "50/50", "val_miou": 40.0, "seconds": 6},
+]
+
+
+def test_curves_of_a_log(tmp_path):
+    starts, curves = common.logged_curves(LINES)
+    assert starts == {"source": 0, "adapt": 50}
+    assert curves == {
+        "lr": [(25, 0.1), (50, 0.1)], "loss": [(25, 3.0), (50, 1.0), (100, 2.0)], "sl": [(75, 5), (100, 6)]}
+    assert common.logged_curves([]) == common.logged_curves([{"stage": 1, "loss": True, "seconds": 1}]) == ({}, {})
+    common.draw_curves(tmp_path / "none.png", LINES[:1])
+    assert not (tmp_path / "none.png").exists()
+
+    common.draw_curves(tmp_path / "curve.png", LINES, columns=2, width=100, height=50)
+    sheet = Image.open(tmp_path / "curve.png")
+    assert sheet.size == (16 + 2 * 116, 24 + 2 * 74)
+    left, top, navy = 16 + 116, 40, (0, 0, 128)  # the second panel, loss
+    for step, y in ((25, 0), (50, 50), (100, 25)):  # 3 is the greatest and on top
+        assert sheet.getpixel((left + step, top + y)) == navy
+    assert sheet.getpixel((left + 75, top + 37)) == navy and sheet.getpixel((left + 75, top + 10)) == (255, 255, 255)
+    assert sheet.getpixel((left + 50, top + 10)) == (192, 192, 192)  # adapt starts
+    assert sheet.getpixel((16 + 25, 40)) == sheet.getpixel((16 + 50, 40)) == navy  # lr, which does not change
+    assert sheet.getpixel((16 + 75, 40 + 74 + 50)) == sheet.getpixel((16 + 100, 40 + 74)) == navy  # sl, second row
+
+    many = [{"stage": "s", "step": f"{i}/6000", "loss": i % 2, "seconds": 1} for i in range(1, 6001)]
+    common.draw_curves(tmp_path / "many.png", many, columns=1, width=300, height=50)
+    sheet = Image.open(tmp_path / "many.png")
+    assert sheet.getpixel((16 + 150, 40 + 25)) == navy and sheet.getpixel((16 + 150, 40 + 10)) == (176, 196, 222)
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_stop_a_run(tmp_path, monkeypatch):
+    run, model = common.Run("drsl", settings(out=str(tmp_path / "run"))), torch.nn.Linear(3, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log, curve = run.folder / "log.jsonl", run.folder / "curve.png"
+    run.save("last.pt", 0, model)
+    assert not curve.exists()  # nothing is logged yet
+    for step in (2, 4):
+        run.log_step("adapt", step, 4, loss=1.0 / step)
+    run.save("last.pt", 4, model)
+    drawn = curve.read_bytes()
+    log.write_text(log.read_text()[:-9])  # half a line: one value is left, no curve
+    run.save("last.pt", 5, model)
+    log.write_text("{torn\n" * 3)
+    run.save("last.pt", 6, model)
+    assert curve.read_bytes() == drawn
+    curve.unlink()
+    curve.mkdir()  # so that nothing can be written there
+    log.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    run.save("last.pt", 7, model)
+    assert torch.load(run.folder / "last.pt", weights_only=True)["step"] == 7
+
+    def refuse(*_):
+        raise AssertionError("only process 0 draws")
+
+    monkeypatch.setattr(common, "draw_curves", refuse)
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    run.log_step("adapt", 4, 4, loss=1.0)
+    run.save("last.pt", 8, model)
 
 
 def test_ramp():

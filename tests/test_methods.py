@@ -148,7 +148,7 @@ def test_no_step_of_the_loop_waits_for_the_gpu(tmp_path, monkeypatch, method, fl
 
 # ----------------------------------------------------- learning -----------------------------------------------------
 
-SHORT = ["--device", "cpu", "--size", "48x96", "--crop", "48x96", "--toy-images", 64, "--log-every", 1]
+SHORT = ["--device", "cpu", "--size", "32x64", "--crop", "32x64", "--toy-images", 64, "--log-every", 1]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """source_only.py: the loop's parts against closed forms, and the script as a user runs it."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from scripts import TINY, command, kill_when, logged, result, run, same_weights, start_two, texts, trained_alike
 from scripts import start as begin
 from trees import write_cityscapes, write_gta5, write_synthia
@@ -118,8 +120,12 @@ def test_run_folder(tmp_path):
         "log.jsonl",
         "last.pt",
         "panel.png",
+        "curve.png",
         "result.json",
     }
+    assert Image.open(folder / "curve.png").size == (16 + 3 * 316, 24 + 114)  # lr and loss in one row
+    told = [line.endswith(" s left]") for line in out.splitlines() if line.startswith("source  ")]
+    assert told == [False, True, False]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"] and all(line["loss"] > 0 for line in lines)
     scores = result(folder)
@@ -344,6 +350,42 @@ def test_the_target_is_looked_at_before_training(tmp_path):
         ok=False,
     )
     assert "cityscapes: no such folder" in message and not (tmp_path / "run").exists()
+
+
+# What --preset small changes in each file besides the common recipe; everything else stays as in the paper.
+SMALL = {
+    "source_only": {"iterations": 10000, "lr": 1e-4},
+    "scale_invariant": {"iterations": 6000, "lr": 5e-5},
+    "cpsl": {"iterations": 6000, "lr": 5e-5, "distill_iterations": 6000, "distill_lr": 1e-4},
+    "sdca": {"iterations": 4000, "lr": 5e-5, "horizon": 1.0, "lambda_feat": 10.0, "lambda_out": 10.0,
+             "from_scratch_ssl": False, "ssl_iterations": 2000, "ssl_lr": 5e-5},
+    "drsl": {"iterations": 6000, "head_iterations": 500, "joint_iterations": 1000},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("source, aspect", [("gta5", 1914 / 1052), ("synthia", 1280 / 760)])
+def test_every_file_has_the_small_preset(name, source, aspect, monkeypatch):
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", [name, "--source", source, *flags])
+        return vars(importlib.import_module(name).parse_args())
+
+    paper, small = parsed(), parsed("--preset", "small")
+    common_part = {"preset": "small", "backbone": "resnet50", "size": (256, 512), "source_size": (368, 640),
+                   "crop": (256, 512), "batch_norm": "target", "optimizer": "adamw", "batch_size": 4}
+    if name != "source_only":
+        common_part |= {"warmup_iterations": 10000, "warmup_lr": 1e-4}
+    assert {key: value for key, value in small.items() if value != paper[key]} == common_part | SMALL[name]
+    height, width = small["source_size"]
+    assert width / height == pytest.approx(aspect, rel=0.05)
+    for size in (small["size"], small["source_size"]):
+        common.training_augment(argparse.Namespace(**small), size)  # the crop fits
+    typed = parsed("--preset", "small", "--backbone", "resnet101", "--size", "128x256", "--iterations", "7")
+    assert (typed["backbone"], typed["iterations"], typed["optimizer"]) == ("resnet101", 7, "adamw")
+    assert typed["size"] == typed["crop"] == typed["source_size"] == (128, 256)
+    monkeypatch.setattr(sys, "argv", [name, "--preset", "small"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).parse_args()
 
 
 def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
