@@ -15,44 +15,15 @@ from scripts import run, texts
 from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
 
 import common
-from common import (
-    CLASSES,
-    SYNTHIA_13,
-    SYNTHIA_16,
-    Cityscapes,
-    DeepLabV2,
-    GTA5,
-    InputError,
-    MeanIoU,
-    Synthia,
-    ToyStreets,
-)
+from common import (CLASSES, SYNTHIA_13, SYNTHIA_16, Cityscapes, DeepLabV2, GTA5, InputError, MeanIoU, Synthia,
+                    ToyStreets)
 
 def settings(**changes):
     """Arguments of a tiny toy run."""
-    args = {
-        "source": "toy",
-        "toy_world": 0,
-        "toy_images": 8,
-        "data_root": None,
-        "out": None,
-        "resume": False,
-        "seed": 0,
-        "backbone": "resnet18",
-        "backbone_weights": "none",
-        "size": (32, 64),
-        "source_size": (32, 64),
-        "crop": (32, 64),
-        "scale_jitter": [1.0, 1.0],
-        "batch_norm": "live",
-        "batch_size": 4,
-        "workers": 0,
-        "device": "cpu",
-        "precision": "fp32",
-        "log_every": 2,
-        "save_every": 100,
-        "val_every": 0,
-    }
+    args = {"source": "toy", "toy_world": 0, "toy_images": 8, "data_root": None, "out": None, "resume": False,
+            "seed": 0, "backbone": "resnet18", "backbone_weights": "none", "size": (32, 64), "source_size": (32, 64),
+            "crop": (32, 64), "scale_jitter": [1.0, 1.0], "batch_norm": "live", "batch_size": 4, "workers": 0,
+            "device": "cpu", "precision": "fp32", "log_every": 2, "save_every": 100, "val_every": 0}
     return argparse.Namespace(**{**args, **changes})
 
 
@@ -67,45 +38,10 @@ def test_tasks():
 
 
 def test_id_tables_are_those_of_the_data_sets():
-    cityscapes = {
-        7: 0,
-        8: 1,
-        11: 2,
-        12: 3,
-        13: 4,
-        17: 5,
-        19: 6,
-        20: 7,
-        21: 8,
-        22: 9,
-        23: 10,
-        24: 11,
-        25: 12,
-        26: 13,
-        27: 14,
-        28: 15,
-        31: 16,
-        32: 17,
-        33: 18,
-    }
-    synthia = {
-        3: 0,
-        4: 1,
-        2: 2,
-        21: 3,
-        5: 4,
-        7: 5,
-        15: 6,
-        9: 7,
-        6: 8,
-        1: 9,
-        10: 10,
-        17: 11,
-        8: 12,
-        19: 13,
-        12: 14,
-        11: 15,
-    }
+    cityscapes = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+                  27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    synthia = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 10, 17: 11, 8: 12, 19: 13, 12: 14,
+               11: 15}
     for table, known in ((common.id_table(CLASSES, 0), cityscapes), (common.id_table(SYNTHIA_16, 1), synthia)):
         assert [table[i] for i in range(256)] == [known.get(i, 255) for i in range(256)]
     assert common.label_ids(SYNTHIA_16)[-3:] == [28, 32, 33]
@@ -606,8 +542,7 @@ def with_ious(row):
     ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
     ("53.6 23.7 75.0 12.5 0.3 36.4 23.5 26.3 84.8 74.7 67.2 17.5 84.5 28.4 15.2 55.8", 42.46, 48.48),
     ("83.6 39.6 79.3 3.6 0.9 25.3 14.1 26.1 79.4 76.5 51.0 18.1 75.7 22.5 12.0 32.1", 39.99, 46.92),
-    ("82.9 43.1 78.1 9.3 0.6 28.2 9.1 14.4 77.0 83.5 58.1 25.9 71.9 38.0 29.4 31.2", 42.54, 49.43),
-])
+    ("82.9 43.1 78.1 9.3 0.6 28.2 9.1 14.4 77.0 83.5 58.1 25.9 71.9 38.0 29.4 31.2", 42.54, 49.43)])
 def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
     """A confusion matrix with published IoUs (MLSL, CRST, CBST, LSE with two networks) must give their means."""
     metric = with_ious(row)
@@ -718,11 +653,7 @@ def test_defaults_depend_on_the_source_and_are_printed():
     toy, real = common.parse(parser, []), common.parse(common.shared_parser("T"), ["--source", "synthia"])
     assert (toy.size, toy.backbone, toy.source_size) == ((80, 160), "resnet14", (80, 160))
     assert (real.size, real.source_size, real.backbone, real.batch_norm) == (
-        (512, 1024),
-        (760, 1280),
-        "resnet101",
-        "frozen",
-    )
+        (512, 1024), (760, 1280), "resnet101", "frozen")
     small = common.parse(common.shared_parser("T"), ["--source", "gta5", "--size", "64x128", "--crop", "32x64"])
     assert small.source_size == (64, 128) and small.crop == (32, 64)
     text = " ".join(parser.format_help().split())
@@ -942,10 +873,8 @@ def test_looking_at_data_says_what_would_stay_silent(tmp_path):
     out = run(tmp_path, *look)
     assert "look: 1 files that are not read, such as" in out and "00009.JPG" in out
     assert "look: 1 of 4 labels have another size than their image" in out and "00002.png" in out
-    for ids, words in (
-        ([0, 13, 18, 255], "no label id is above 18, as in trainIds"),
-        ([255], "every pixel of the labels is 255"),
-    ):
+    for ids, words in (([0, 13, 18, 255], "no label id is above 18, as in trainIds"),
+                       ([255], "every pixel of the labels is 255")):
         for path in (tmp_path / "GTA5/labels").iterdir():
             write_palette(path, blocks(ids, (48, 80), np.random.default_rng(1)))
         assert words in run(tmp_path, *look)
@@ -974,13 +903,8 @@ def test_models_travel_through_checkpoints(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     with pytest.raises(InputError, match="m.pt.*resnet50"):
         common.unpack_model({**saved, "backbone": "resnet50"}, "m.pt")
-    for nonsense in (
-        {"state": 1},
-        [1],
-        {**saved, "size": [-3, "x"]},
-        {**saved, "classes": ["road"]},
-        {**saved, "source": 7},
-    ):
+    for nonsense in ({"state": 1}, [1], {**saved, "size": [-3, "x"]}, {**saved, "classes": ["road"]},
+                     {**saved, "source": 7}):
         with pytest.raises(InputError, match="m.pt.*not a checkpoint of this project"):
             common.unpack_model(nonsense, "m.pt")
     saved["model"]["classifier.0.bias"][0] = math.nan

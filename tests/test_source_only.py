@@ -64,31 +64,11 @@ def test_segmentation_loss_against_a_loop():
 
 def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, monkeypatch):
     """The loop's wires: training mode, the schedule's rate, the criterion it is given, the labels of the batch."""
-    args = argparse.Namespace(
-        source="toy",
-        toy_world=0,
-        toy_images=4,
-        backbone="resnet18",
-        backbone_weights="none",
-        size=(32, 64),
-        source_size=(32, 64),
-        crop=(32, 64),
-        scale_jitter=[1.0, 1.0],
-        batch_norm="live",
-        optimizer="sgd",
-        head_lr=10.0,
-        batch_size=2,
-        seed=0,
-        device="cpu",
-        precision="fp32",
-        workers=0,
-        log_every=1,
-        save_every=100,
-        val_every=0,
-        out=str(tmp_path / "run"),
-        resume=False,
-        data_root=None,
-    )
+    args = argparse.Namespace(source="toy", toy_world=0, toy_images=4, backbone="resnet18", backbone_weights="none",
+                              size=(32, 64), source_size=(32, 64), crop=(32, 64), scale_jitter=[1.0, 1.0],
+                              batch_norm="live", optimizer="sgd", head_lr=10.0, batch_size=2, seed=0, device="cpu",
+                              precision="fp32", workers=0, log_every=1, save_every=100, val_every=0,
+                              out=str(tmp_path / "run"), resume=False, data_root=None)
     model, seen = common.build_model(args), []
     run_folder = common.Run("source_only", args)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -115,14 +95,7 @@ def test_run_folder(tmp_path):
     out = run(tmp_path, "source_only.py", *TINY, "--iterations", 3)
     folder = tmp_path / "runs/source_only-toy-s0"
     assert {p.name for p in folder.iterdir()} == {
-        ".lock",
-        "args.json",
-        "log.jsonl",
-        "last.pt",
-        "panel.png",
-        "curve.png",
-        "result.json",
-    }
+        ".lock", "args.json", "log.jsonl", "last.pt", "panel.png", "curve.png", "result.json"}
     assert Image.open(folder / "curve.png").size == (16 + 3 * 316, 24 + 114)  # lr and loss in one row
     told = [line.endswith(" s left]") for line in out.splitlines() if line.startswith("source  ")]
     assert told == [False, True, False]
@@ -189,29 +162,13 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
 
 def test_torchrun_gives_the_single_process_result(tmp_path):
     """VGG16, because torch synchronises live batch norm on GPUs only."""
-    arguments = [
-        "source_only.py",
-        *TINY,
-        "--precision",
-        "fp32",
-        "--optimizer",
-        "sgd",
-        "--backbone",
-        "vgg16",
-        "--lr",
-        0.02,
-    ]
+    arguments = ["source_only.py", *TINY, "--precision", "fp32", "--optimizer", "sgd", "--backbone", "vgg16", "--lr",
+                 0.02]
     run(tmp_path, *arguments, "--iterations", 1, "--lr", 1e-9, "--out", "start")
     run(tmp_path, *arguments, "--iterations", 3, "--out", "one")
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            *command(*arguments, "--iterations", 3, "--out", "two")[1:],
-        ],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         *command(*arguments, "--iterations", 3, "--out", "two")[1:]],
         cwd=tmp_path,
         check=True,
         capture_output=True,
@@ -233,19 +190,8 @@ def test_real_formats(tmp_path):
     write_synthia(tmp_path)
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
-    small = [
-        "--data-root",
-        tmp_path,
-        "--backbone",
-        "resnet18",
-        "--backbone-weights",
-        "none",
-        "--workers",
-        1,
-        "--iterations",
-        2,
-        *TINY,
-    ]
+    small = ["--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", "--workers", 1,
+             "--iterations", 2, *TINY]
     for source, classes in (("synthia", 16), ("gta5", 19)):
         for oracle in ([], ["--oracle"]):
             run(tmp_path, "source_only.py", "--source", source, *small, *oracle)
@@ -258,19 +204,8 @@ def test_real_formats(tmp_path):
 
 @pytest.mark.parametrize("backbone", ["vgg16", "vgg16-fcn8s"])
 def test_networks_without_batch_norm(tmp_path, backbone):
-    run(
-        tmp_path,
-        "source_only.py",
-        *TINY,
-        "--backbone",
-        backbone,
-        "--optimizer",
-        "sgd",
-        "--iterations",
-        1,
-        "--out",
-        "run",
-    )
+    run(tmp_path, "source_only.py", *TINY, "--backbone", backbone, "--optimizer", "sgd", "--iterations", 1, "--out",
+        "run")
     assert list(result(tmp_path / "run")["columns"]) == ["source only"]
     run(tmp_path, "evaluate.py", "run/last.pt", "--device", "cpu", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
@@ -287,31 +222,12 @@ def test_bad_input_is_one_line(tmp_path):
     )
     assert "--source" in refused("--data-root", tmp_path, "--out", "a")
     assert "--crop 64x64" in refused("--crop", "64x64", "--out", "b")
-    for flags in (
-        ["--log-every", 0],
-        ["--save-every", 0],
-        ["--iterations", 0],
-        ["--seed", -1],
-        ["--seed", 2**64],
-        ["--size", "64"],
-        ["--size", "60x90"],
-        ["--lr", -1],
-        ["--lr", "nan"],
-        ["--lr", "inf"],
-        ["--head-lr", 0],
-        ["--scale-jitter", 2, 1],
-        ["--scale-jitter", 0, 1],
-        ["--batch-size", 1.5],
-    ):
+    for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--seed", 2**64],
+                  ["--size", "64"], ["--size", "60x90"], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"],
+                  ["--head-lr", 0], ["--scale-jitter", 2, 1], ["--scale-jitter", 0, 1], ["--batch-size", 1.5]):
         assert flags[0] in refused(*flags, "--out", "d")
-    for flags in (
-        ["--ema", 2],
-        ["--temperature", 0],
-        ["--epsilon", -1],
-        ["--alpha", "nan"],
-        ["--lambda-sl", -1],
-        ["--confidence", 1.5],
-    ):
+    for flags in (["--ema", 2], ["--temperature", 0], ["--epsilon", -1], ["--alpha", "nan"], ["--lambda-sl", -1],
+                  ["--confidence", 1.5]):
         assert flags[0] in refused(*flags, "--out", "d", script="cpsl.py")
     for flags in (["--tau", 0], ["--tau", -5], ["--theta", 2], ["--delta", -0.1], ["--lambda-feat", -1]):
         assert flags[0] in refused(*flags, "--out", "d", script="sdca.py")
@@ -333,22 +249,8 @@ def test_bad_input_is_one_line(tmp_path):
 
 def test_the_target_is_looked_at_before_training(tmp_path):
     write_synthia(tmp_path)
-    message = run(
-        tmp_path,
-        "source_only.py",
-        "--source",
-        "synthia",
-        "--data-root",
-        tmp_path,
-        "--backbone-weights",
-        "none",
-        "--backbone",
-        "resnet18",
-        *TINY,
-        "--out",
-        "run",
-        ok=False,
-    )
+    message = run(tmp_path, "source_only.py", "--source", "synthia", "--data-root", tmp_path, "--backbone-weights",
+                  "none", "--backbone", "resnet18", *TINY, "--out", "run", ok=False)
     assert "cityscapes: no such folder" in message and not (tmp_path / "run").exists()
 
 
