@@ -596,7 +596,7 @@ def parse_args():
         help="its base learning rate [C]")
     add("--head-scale", type=common.positive, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
-    add("--prototype-scale", type=common.positive, metavar="X", default=5.0,
+    add("--prototype-scale", type=common.positive, metavar="X", default=common.by_source(2.0, 5.0),
         help="multiple of it for the prototypes [C]")
     add("--head", choices=("deeplab", "proda"), default="deeplab",
         help="proda: the authors' head, with its own warm-up")
@@ -615,7 +615,8 @@ def parse_args():
         help="pixels in the memory bank, 0 for none [C]")
     add("--ema", type=common.fraction, metavar="X", default=common.by_source(0.99, 0.999),
         help="momentum of the two copies [C]")
-    add("--alpha", type=common.weight, metavar="X", default=0.1, help="weight of CE on the target [C]")
+    add("--alpha", type=common.weight, metavar="X", default=common.by_source(1.0, 0.1),
+        help="weight of CE on the target [C]")
     add("--beta", type=common.weight, metavar="X", default=1.0, help="weight of reverse CE on the target [C]")
     add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
     add("--consistency", action=switch, default=common.by_source(False, True),

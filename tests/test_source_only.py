@@ -204,8 +204,8 @@ def test_real_formats(tmp_path):
 
 @pytest.mark.parametrize("backbone", ["vgg16", "vgg16-fcn8s"])
 def test_networks_without_batch_norm(tmp_path, backbone):
-    run(tmp_path, "source_only.py", *TINY, "--backbone", backbone, "--optimizer", "sgd", "--iterations", 1, "--out",
-        "run")
+    run(tmp_path, "source_only.py", *TINY, "--toy-images", 4, "--backbone", backbone, "--optimizer", "sgd",
+        "--iterations", 1, "--out", "run")
     assert list(result(tmp_path / "run")["columns"]) == ["source only"]
     run(tmp_path, "evaluate.py", "run/last.pt", "--device", "cpu", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
