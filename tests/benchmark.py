@@ -1,14 +1,16 @@
 """What is hot, measured: each function against its textbook form, each step of a method against plain self-training.
 
     python tests/benchmark.py [--device cpu|cuda]
+    python tests/benchmark.py --plan [SCRIPT ...] [FLAGS OF THE SCRIPTS]      # what a run costs, computed, not measured
 
-Not a test: pytest does not collect this file, and no figure here is asserted anywhere. Every number is the median of
+Not a test: pytest does not collect this file, and no time here is asserted anywhere. Every time is the median of
 several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds (on CUDA as the allocator
 tells it; on the CPU it is measured for SDCA's statistics alone, in processes of their own; their textbook form needs
 6.3 GiB).
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -22,6 +24,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,6 +34,7 @@ import cpsl
 import drsl
 import scale_invariant as lse
 import sdca
+import source_only
 
 
 def measure_once(function, device):
@@ -350,78 +355,76 @@ def lse_equations(device):
 
 
 def settings(module, *flags):
-    """The arguments of a method on the toy."""
+    """The arguments of a script with these flags; without any, its own for the toy."""
     with mock.patch.object(sys, "argv", [module.__name__, *flags]):
         return module.parse_args()
 
 
-def step_of(optimizer, losses):
-    """A training step that minimises losses()["loss"]."""
-    def step():
-        optimizer.zero_grad()
-        losses()["loss"].backward()
-        optimizer.step()
+class Step:
+    """A training step that minimises losses()["loss"]. kept: what the method holds beside what it trains."""
 
-    return step
+    def __init__(self, optimizer, losses, kept=(), follow=lambda: None):
+        self.optimizer, self.losses, self.kept, self.follow = optimizer, losses, kept, follow
 
-
-def plain_step(model, x_s, y_s, x_t, y_t, precision):
-    args = settings(lse, "--precision", precision, "--focal", "off")
-    return step_of(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
+    def __call__(self):
+        self.optimizer.zero_grad()
+        self.losses()["loss"].backward()
+        self.optimizer.step()
+        self.follow()
 
 
-def lse_step(model, x_s, y_s, x_t, y_t, precision):
-    args = settings(lse, "--precision", precision)
-    return step_of(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
+def lse_step(model, x_s, y_s, x_t, y_t, args):
+    return Step(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
 
 
-def cpsl_step(model, x_s, y_s, x_t, y_t, precision, *flags):
+def cpsl_step(model, x_s, y_s, x_t, y_t, args):
     """With a full bank, and with labels by the warm-up model and the momentum copy: two forward passes more."""
-    args, K, device = settings(cpsl, "--precision", precision, *flags), model.classifier[0].out_channels, x_s.device
-    if x_s.shape[2] >= 512:
-        args.bank, args.pixels = 65536, 256
+    K, device = model.classifier[0].out_channels, x_s.device
     head = cpsl.SelfLabelingHead(K, model.feature_dim).to(device)
     torch.nn.init.normal_(head.prototypes)
     frozen = copy.deepcopy(model).eval(), copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
     bank = cpsl.MemoryBank(args.bank, model.feature_dim, device)
     bank.push(F.normalize(torch.randn(args.bank, model.feature_dim, device=device), dim=1))
-    step = step_of(cpsl.make_optimizer_with_prototypes(model, head, args),
-                   lambda: cpsl.step_losses(model, head, frozen, head, bank, (x_s, y_s), x_t, args, 0))
 
-    def step_and_follow():
-        step()
+    def follow():
         cpsl.update_average(frozen[1], model, args.ema)
         cpsl.update_average(frozen[2], head, args.ema)
 
-    return step_and_follow
+    return Step(cpsl.make_optimizer_with_prototypes(model, head, args),
+                lambda: cpsl.step_losses(model, head, frozen, head, bank, (x_s, y_s), x_t, args, 0),
+                [*frozen, bank], follow)
 
 
-def sdca_step(model, x_s, y_s, x_t, y_t, precision):
-    """In the dearest case: every target pixel is confident."""
-    args, C = settings(sdca, "--precision", precision, "--delta", "0"), model.classifier[0].out_channels
+def sdca_step(model, x_s, y_s, x_t, y_t, args):
+    C = model.classifier[0].out_channels
     known = {level: sdca.ClassStatistics(C, D, x_s.device) for level, D in (("feat", model.feature_dim), ("out", C))}
-    return step_of(sdca.make_optimizer(model, args), lambda: sdca.step_losses(model, known, x_s, y_s, x_t, args))
+    return Step(sdca.make_optimizer(model, args), lambda: sdca.step_losses(model, known, x_s, y_s, x_t, args))
 
 
-def drsl_step(model, x_s, y_s, x_t, y_t, precision):
-    args = settings(drsl, "--precision", precision)
+def drsl_step(model, x_s, y_s, x_t, y_t, args):
     head = drsl.ModeHead(model.feature_dim, model.classifier[0].out_channels, args.modes, args.embedding).to(x_s.device)
-    return step_of(drsl.make_optimizer_with_modes(model, head, args),
-                   lambda: drsl.step_losses(model, head, (x_s, y_s), (x_t, y_t), args, None))
+    target = None if x_t is None else (x_t, y_t)
+    return Step(drsl.make_optimizer_with_modes(model, head, args),
+                lambda: drsl.step_losses(model, head, (x_s, y_s), target, args, None))
 
 
+# title: script, step, flags. Of SDCA the dearest case: every target pixel is confident.
 STEPS = {
-    "plain self-training": plain_step,
-    "LSE": lse_step,
-    "CPSL": cpsl_step,
-    "CPSL with consistency": lambda *given: cpsl_step(*given, "--consistency"),
-    "SDCA": sdca_step,
-    "DRSL": drsl_step,
+    "plain self-training": (lse, lse_step, "--focal", "off"),
+    "LSE": (lse, lse_step),
+    "CPSL": (cpsl, cpsl_step, "--no-consistency"),
+    "CPSL with consistency": (cpsl, cpsl_step, "--consistency"),
+    "SDCA": (sdca, sdca_step, "--delta", "0"),
+    "DRSL": (drsl, drsl_step),
 }
 
 
 def steps(device, precision, backbone, size, batch, C=19, rounds=15):
-    """Milliseconds of one step of plain self-training and of every method; batch norm is frozen."""
+    """Milliseconds of one step of plain self-training and of every method; batch norm is frozen.
+
+    The methods' arguments are the toy's; at the size of the real tasks those of GTA5.
+    """
+    source = "gta5" if size[0] >= 512 else "toy"
     images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
     labels = [
         torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device)
@@ -430,10 +433,11 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
         for _ in range(2)
     ]
     functions = []
-    for form in STEPS.values():
+    for module, form, *flags in STEPS.values():
         model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
         common.freeze_batch_norm(model)
-        functions.append(form(model, images[0], labels[0], images[1], labels[1], precision))
+        args = settings(module, "--source", source, "--device", device, "--precision", precision, *flags)
+        functions.append(form(model, images[0], labels[0], images[1], labels[1], args))
     for function in functions:
         function()
     # They take turns, so that whatever else disturbs the machine disturbs all of them.
@@ -446,14 +450,226 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
               f"{ratio:.2f} x plain{memory}", flush=True)
 
 
+# What a run costs, computed on the device "meta": tensors there have shapes and no values, so it takes no GPU, no data.
+
+PRESETS = {"the papers' settings": (), "the small preset": ("--preset", "small")}
+SHARE = 0.35  # of the peaks below, for all of a training; a guess
+# Published peaks of dense matrix products in TFLOP/s, for fp32 and bf16. For fp32 those of TF32, which torch's
+# convolutions take unless forbidden: on the two GeForces as fast as fp32 itself, on the A100 8 times (19.5). For bf16
+# those with sums in fp32.
+GPUS = {"RTX 3060": (12.7, 25.5), "RTX 4090": (82.6, 165.2), "A100": (156, 312)}
+SIZES = (8, 11, 16, 24, 40, 80)  # GiB of memory, which are sold as GB
+# GiB for what is not counted: gradients of activations on their way (followed through a step on "meta": 0.1 to 0.5),
+# CUDA itself, the convolutions' workspaces and gaps between tensors (a guess).
+OVERHEAD = 1.5
+TARGET_IMAGES = 2975  # Cityscapes train
+
+
+class Bfloat16Convolutions(TorchFunctionMode):
+    """What autocast does to DeepLabV2, as torch has none for "meta": a weight, too, is cast once in the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d:
+            args = [self.cast(t) if torch.is_tensor(t) else t for t in args]
+        return function(*args, **(kwargs or {}))
+
+    def cast(self, t):
+        if not isinstance(t, torch.nn.Parameter):
+            return t.bfloat16()
+        if t not in self.done:
+            self.done[t] = t.bfloat16()
+        return self.done[t]
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Lets steps run on the device "meta", for which torch has neither autocast nor random generators."""
+    def autocast(args):
+        return Bfloat16Convolutions() if args.precision == "bf16" else contextlib.nullcontext()
+
+    with mock.patch.object(common, "autocast", autocast), mock.patch.object(common, "generator", lambda *_: None):
+        yield
+
+
+def storage_bytes(tensors):
+    """Bytes that these tensors occupy; what several of them share counts once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def step_cost(step, model):
+    """Runs a step's forward and backward pass; returns what it costs.
+
+    flop; weights: of what is trained; copies: weights of the models kept beside it; in bytes, state: all weights,
+    gradients, optimizer state and what else is kept; saved: by autograd for the backward pass, beside the state.
+    """
+    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+    weights = list({id(p): p for p in (*model.parameters(), *trained)}.values())  # frozen batch norms too
+    kept = [t for part in step.kept for t in part.state_dict().values()]
+    resident, saved = [*weights, *model.buffers(), *kept], []
+    with FlopCounterMode(display=False) as counter:
+        # `saved` holds the tensors themselves: were one freed, another could take its place and not be counted.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            losses = step.losses()
+        losses["loss"].backward()
+    step.optimizer.step()
+    moments = [t for state in step.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return {
+        "flop": counter.get_total_flops(),
+        "weights": sum(p.numel() for p in weights),
+        "copies": sum(p.numel() for part in step.kept if isinstance(part, torch.nn.Module) for p in part.parameters()),
+        "saved": storage_bytes([*saved, *resident]) - storage_bytes(resident),
+        "state": storage_bytes([*resident, *moments, *(p.grad for p in trained if p.grad is not None)]),
+    }
+
+
+def source_step(model, x_s, y_s, x_t, y_t, args):
+    """The step of `train_source`, and of SDCA's training on pseudo-labels."""
+    def losses():
+        with common.autocast(args):
+            _, logits = model(x_s)
+        return {"loss": source_only.segmentation_loss(logits, y_s)}
+
+    return Step(source_only.make_optimizer(model, args), losses)
+
+
+def modes_step(model, x_s, y_s, x_t, y_t, args):
+    """The step of DRSL's mode warm-up (its first part, in which the network stands still, takes less)."""
+    return drsl_step(model, x_s, y_s, None, None, args)
+
+
+def distill_step(model, x_s, y_s, x_t, y_t, args):
+    teacher = copy.deepcopy(model)
+    return Step(cpsl.make_optimizer(model, args),
+                lambda: cpsl.distill_losses(model, teacher, (x_s, y_s), (x_t, y_t), args), [teacher])
+
+
+def lse_steps(args):
+    """Steps of LSE's rounds, at most: as if no image were selected for two classes."""
+    if args.iterations:
+        return args.iterations
+    steps, C = 0, len(common.task_classes(args.source))
+    for r in range(args.rounds):
+        kept = lse.kept_images(TARGET_IMAGES, lse.round_portion(args.portion, args.portion_step, r))
+        examples = min(C * kept, TARGET_IMAGES) * (args.patches + (args.view == "both"))
+        steps += lse.round_steps(examples, args.epochs, args.batch_size)
+    return steps
+
+
+# script: module, its own step, all that its main() trains, stage after stage: (name, how many steps, which), and how
+# many models it keeps that no step uses: the source-only model waits for the table at the end.
+WARMUP = ("warm-up", lambda args: args.warmup_iterations, source_step)
+PLANS = {
+    "source_only": (source_only, source_step, [("training", lambda args: args.iterations, source_step)], 0),
+    "scale_invariant": (lse, lse_step, [WARMUP, ("rounds up to", lse_steps, lse_step)], 1),
+    "cpsl": (cpsl, cpsl_step, [WARMUP, ("self-training", lambda args: args.iterations, cpsl_step),
+                               ("distillation", lambda args: args.distill * args.distill_iterations, distill_step)], 1),
+    "sdca": (sdca, sdca_step, [WARMUP, ("adaptation", lambda args: args.iterations, sdca_step),
+                               ("pseudo-labels", lambda args: args.ssl * args.ssl_iterations, source_step)], 0),
+    "drsl": (drsl, drsl_step, [WARMUP, ("modes", lambda args: args.head_iterations + args.joint_iterations, modes_step),
+                               ("rounds", lambda args: args.iterations, drsl_step)], 1),
+}
+
+
+def planned_cost(form, args, target_size, precision):
+    """`step_cost` of a step with a script's arguments."""
+    args = argparse.Namespace(**{**vars(args), "precision": precision})
+    C, N = len(common.task_classes(args.source)), args.batch_size
+    with torch.device("meta"):
+        model = common.build_network(C, args.backbone).train()
+        batches = [t for size in (args.crop, target_size)
+                   for t in (torch.zeros(N, 3, *size), torch.zeros(N, *size, dtype=torch.int64))]
+    if args.batch_norm != "live":
+        common.freeze_batch_norm(model)
+    with on_meta():
+        return step_cost(form(model, *batches, args), model)
+
+
+def hours(flop, peak):
+    """Hours for so many operations at SHARE of a peak in TFLOP/s."""
+    return flop / (SHARE * peak * 1e12) / 3600
+
+
+def smallest_gpu(gib):
+    """The least of SIZES that holds so much."""
+    return next((str(size) for size in SIZES if size >= gib), f">{SIZES[-1]}")
+
+
+def plan(script, flags, costs):
+    """A script's row of the table and its schedule, both as text, and its arguments. costs: of steps, known so far."""
+    module, own, stages, idle = PLANS[script]
+    args = settings(module, "--source", "gta5", "--device", "cpu", *flags)
+    target_size = lse.view_size(args) if module is lse else args.crop
+    stages = [(stage, steps(args), form) for stage, steps, form in stages if steps(args)]
+    for form in {own, *(form for _, _, form in stages)} - costs.keys():
+        costs[form] = planned_cost(form, args, target_size, "fp32")
+    flop = sum(steps * costs[form]["flop"] for _, steps, form in stages)
+    fp32, bf16 = costs[own], planned_cost(own, args, target_size, "bf16")
+    waiting = idle * costs[source_step]["weights"]
+    state = (fp32["state"] + 4 * waiting) / 2**30
+    saved = [cost["saved"] / 2**30 for cost in (fp32, bf16)]
+    peaks = [state + gib + OVERHEAD for gib in saved]
+    cells = [f"{script:15}{fp32['flop'] / 1e12:7.2f}"]
+    cells += [f"{number / 1e6:7.1f}" for number in (fp32["weights"], fp32["copies"] + waiting)]
+    cells += [f"{gib:6.1f}" for gib in (state, *saved, *peaks)] + [f"{smallest_gpu(gib):>5}" for gib in peaks]
+    times = [hours(flop, peak) for pair in GPUS.values() for peak in pair]
+    cells += [f"{h:6.1f}" if h >= 1 else f"{h:6.2f}" for h in times]
+    return "".join(cells), ", ".join(f"{stage} {steps}" for stage, steps, _ in stages), args
+
+
+def print_plan(scripts, flags):
+    """The table of what the scripts cost with each preset; flags: theirs, beside the preset's."""
+    peaks = ", ".join(f"{name} {fp32:g} / {bf16:g}" for name, (fp32, bf16) in GPUS.items())
+    print(f"""Computed, not measured: nothing here has run on a GPU.
+TFLOP      of one step of the method, forward and backward (a multiply-add is two)
+M weights  in millions: trained, and in copies that the method keeps
+GiB        state: weights, copies, gradients, optimizer; saved: by autograd for the backward pass; peak: both and
+           {OVERHEAD} GiB for CUDA and what passes by
+fits       the least memory that holds the peak, of {', '.join(map(str, SIZES))} GB
+hours      all steps of all stages (below) at {SHARE:.0%} of the GPU's peak; labelling, scoring, slow disks come on top;
+           peaks in TFLOP/s: {peaks}""")
+    for preset, own in PRESETS.items():
+        costs, schedules = {}, []
+        for script in scripts or PLANS:
+            row, schedule, args = plan(script, [*own, *flags], costs)
+            if not schedules:
+                size = "x".join(map(str, args.crop))
+                print(f"\n{preset}: {args.source}, {args.backbone}, {size}, {args.batch_size} images of each domain")
+                print(f"{'':15}{'TFLOP':>7}{'M weights':>14}{'state':>6}{'saved GiB':>12}{'peak GiB':>12}"
+                      + f"{'fits GB':>10}" + "".join(f"{'h ' + name:>12}" for name in GPUS))
+                print(f"{'':15}{'':7}{'train':>7}{'copy':>7}{'GiB':>6}" + f"{'fp32':>6}{'bf16':>6}" * 2
+                      + f"{'fp32':>5}{'bf16':>5}" + f"{'fp32':>6}{'bf16':>6}" * len(GPUS))
+            print(row, flush=True)
+            schedules.append(f"{script}: {schedule}")
+        print("steps:", *schedules, sep="\n  ")
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where"
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--plan",
+        nargs="*",
+        choices=PLANS,
+        metavar="SCRIPT",
+        help=f"measure nothing, but compute on any machine what runs on real data cost, of all scripts or of some of "
+             f"{', '.join(PLANS)}: TFLOP per step, weights, memory, the GPU on which it fits, hours; flags that follow "
+             "go to the scripts, as in --plan cpsl --batch-size 1",
+    )
+    args, flags = parser.parse_known_args()
+    if args.plan is not None:
+        return print_plan(args.plan, flags)
+    if flags:
+        parser.error(f"unrecognized arguments without --plan: {' '.join(flags)}")
     print(common.versions())
     for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
         equations(args.device)
