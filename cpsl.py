@@ -110,7 +110,9 @@ Deviations
     rebuild its checkpoints. With ResNet-101's 2048 channels the bank takes 0.5 GB, with 256 an eighth of that.
 14. Optimizer. Authors: SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps
     its schedule takes a root of a negative number. Here: their rates on real data, after --ramp steps, for 2 + 2 images
-    instead of 4 + 4, decay 5e-4 but none on prototypes. Toy: AdamW, 2e-4, five times that for the prototypes alone.
+    instead of 4 + 4, decay 5e-4 but none on prototypes. Toy: AdamW, 2e-4, twice that for the prototypes alone: AdamW
+    moves them by their rate whatever the weight of their loss is, and once they have learned the class shares by heart,
+    the rectification counts these twice, because P_ST knows them too (five times as fast, and it harms the labels).
 15. Distillation. Authors: SimCLR weights and a batch norm more, the second round starts from the first's student. Here:
     each round starts from --backbone-weights.
 16. Reported. Authors: the checkpoint that is best on the target's validation labels. Here: the last one.
@@ -121,6 +123,7 @@ Deviations
     crops, scale                         896x512 of 2200 wide, 0.5-1.5   --crop, 1.0-1.5 (toy: no scaling)
     evaluation                           2048x1024                       --size
     pixels, bank, momentum on the toy    256, 65536, 0.999               64, 4096, 0.99
+    weight alpha of CE on the toy        0.1                             1: so few steps learn little from RCE alone
 
 For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two distillations
 59.4 and 60.8 mIoU. Nobody has run this file on GTA5.
@@ -494,8 +497,9 @@ def step_losses(network, self_labeling, frozen, head, bank, source, x_t, args, s
         terms["sl"] = prototype_loss(features_e, y, head, self_labeling, bank, args, common.generator(args, 7, step))
         loss = loss + args.lambda_sl * terms["sl"]  # CPSL-11
         if args.consistency:
+            view = strong_view(x_t, args.seed, 8, step)
             with common.autocast(args):
-                features_v, _ = network(strong_view(x_t, args.seed, 8, step))  # (N, D, h, w)
+                features_v, _ = network(view)  # (N, D, h, w)
             cosine_e, cosine_v = teacher_head.cosine(features_e), teacher_head.cosine(features_v)  # (N, K, h, w)
             terms["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature)  # CPSL-10
             loss = loss + args.lambda_cons * terms["cons"]  # CPSL-11
