@@ -135,12 +135,9 @@ def cpsl_equations(device):
            lambda: sinkhorn_textbook(scores, marginal), device)
     logits = torch.randn(2, C, 512, 1024, device=device, requires_grad=True)
     label = torch.randint(C, (2, 512, 1024), device=device)
-    report(
-        "CPSL-4 symmetric CE at 512x1024, forward and backward",
-        lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
-        lambda: symmetric_cross_entropy_textbook(logits, label).backward(),
-        device,
-    )
+    report("CPSL-4 symmetric CE at 512x1024, forward and backward",
+           lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
+           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
     features, label = torch.randn(2, 2048, 65, 129, device=device), torch.randint(C, (2, 65, 129), device=device)
     report("CPSL class means of 2 feature maps", lambda: cpsl.class_sums(features, label, C),
            lambda: class_sums_textbook(features, label, C), device)
@@ -157,23 +154,16 @@ def drsl_equations(device):
     R = F.normalize(head.representatives, dim=2)
     report("DRSL distances, forward and backward", lambda: head.squared_distances(e).sum().backward(),
            lambda: squared_distances_textbook(e, R.detach().requires_grad_()).sum().backward(), device)
-    report(
-        "DRSL-9A alignment, forward and backward",
-        lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
-        lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(),
-        device,
-    )
+    report("DRSL-9A alignment, forward and backward",
+           lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
+           lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
     confidence, label = torch.rand(2_000_000, device=device), torch.randint(C, (2_000_000,), device=device)
     report("DRSL-14 thresholds of 2 million pixels", lambda: drsl.class_thresholds(confidence, label, C, 0.3),
            lambda: thresholds_textbook(confidence, label, C, 0.3), device)
     pred, label = torch.randint(C, (1024, 2048), device=device), torch.randint(C, (1024, 2048), device=device)
     metric = common.MeanIoU(C)
-    report(
-        "confusion matrix at 1024x2048",
-        lambda: metric.update(pred, label),
-        lambda: confusion_textbook(pred, label, C),
-        device,
-    )
+    report("confusion matrix at 1024x2048", lambda: metric.update(pred, label),
+           lambda: confusion_textbook(pred, label, C), device)
 
 
 def class_statistics_textbook(features, labels, classes):
@@ -279,12 +269,9 @@ def sdca_equations(device):
     features.requires_grad_()
     known = sdca.ClassStatistics(C, features.shape[1])
     known.update(features, labels)
-    report(
-        "SDCA-5 bound, forward and backward",
-        lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
-        lambda: bound_textbook(features, labels, known.mean, known.variance).backward(),
-        device,
-    )
+    report("SDCA-5 bound, forward and backward",
+           lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
+           lambda: bound_textbook(features, labels, known.mean, known.variance).backward(), device)
     prob = torch.randn(1, C, 512, 1024, device=device).softmax(1).requires_grad_()
     label = torch.randint(C, (1, 512, 1024), device=device)
     report("SDCA-1 Lovasz-softmax, forward and backward", lambda: sdca.lovasz_softmax(prob, label).backward(),
@@ -328,27 +315,14 @@ def lse_equations(device):
     label, thresholds = prob.argmax(0), torch.rand(C, device=device)
     normalised = lse.normalised_entropy(lse.pixel_entropy(prob), label)
     arrays = normalised.cpu().numpy(), prob.permute(1, 2, 0).contiguous().cpu().numpy(), thresholds.cpu().numpy()
-    report(
-        "LSE-10 filter of an image, predicted classes given",
-        lambda: lse.keep_confident(normalised, label, thresholds),
-        lambda: filter_textbook(*arrays),
-        device,
-        runs=3,
-    )
-    report(
-        "LSE-10 filter of an image from its probabilities",
-        lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds),
-        lambda: filter_textbook(*arrays),
-        device,
-        runs=3,
-    )
-    report(
-        "LSE-5, -7, -11 ranking statistics of an image",
-        lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
-        lambda: ranking_textbook(arrays[1].tolist()),
-        device,
-        runs=3,
-    )
+    report("LSE-10 filter of an image, predicted classes given",
+           lambda: lse.keep_confident(normalised, label, thresholds), lambda: filter_textbook(*arrays), device, runs=3)
+    report("LSE-10 filter of an image from its probabilities",
+           lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds), lambda: filter_textbook(*arrays),
+           device, runs=3)
+    report("LSE-5, -7, -11 ranking statistics of an image",
+           lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
+           lambda: ranking_textbook(arrays[1].tolist()), device, runs=3)
 
 
 # One step of each method on the same network and batch, against plain self-training: cross-entropy on both domains.
@@ -409,14 +383,9 @@ def drsl_step(model, x_s, y_s, x_t, y_t, args):
 
 
 # title: script, step, flags. Of SDCA the dearest case: every target pixel is confident.
-STEPS = {
-    "plain self-training": (lse, lse_step, "--focal", "off"),
-    "LSE": (lse, lse_step),
-    "CPSL": (cpsl, cpsl_step, "--no-consistency"),
-    "CPSL with consistency": (cpsl, cpsl_step, "--consistency"),
-    "SDCA": (sdca, sdca_step, "--delta", "0"),
-    "DRSL": (drsl, drsl_step),
-}
+STEPS = {"plain self-training": (lse, lse_step, "--focal", "off"), "LSE": (lse, lse_step),
+         "CPSL": (cpsl, cpsl_step, "--no-consistency"), "CPSL with consistency": (cpsl, cpsl_step, "--consistency"),
+         "SDCA": (sdca, sdca_step, "--delta", "0"), "DRSL": (drsl, drsl_step)}
 
 
 def steps(device, precision, backbone, size, batch, C=19, rounds=15):
@@ -648,11 +617,8 @@ hours      all steps of all stages (below) at {SHARE:.0%} of the GPU's peak; lab
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where"
     )

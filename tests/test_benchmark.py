@@ -43,11 +43,8 @@ def test_no_step_waits_for_the_device(name):
         step, _ = step_of(name, "meta", "fp32")
         step()
         step()
-    for waits in (
-        torch.Tensor.item,
-        torch.nonzero,
-        lambda values: values[values > 0],
-    ):  # or else this test could not fail
+    for waits in (torch.Tensor.item, torch.nonzero,
+                  lambda values: values[values > 0]):  # or else this test could not fail
         with pytest.raises((RuntimeError, NotImplementedError)):
             waits(torch.zeros(3, device="meta"))
 
