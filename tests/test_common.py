@@ -196,13 +196,10 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
 
 def test_toy_stops_at_its_end():
     data = ToyStreets("target", "val")
-    assert (
-        len(data) == 100
-        and len(ToyStreets("target", images=6)) == 6
-        and len(ToyStreets("target", "val", images=6)) == 1
-    )
+    assert len(data) == 200
+    assert len(ToyStreets("target", images=6)) == 6 and len(ToyStreets("target", "val", images=6)) == 3
     with pytest.raises(IndexError):
-        data[100]
+        data[200]
 
 
 # ---------------------------------------------- augmentation and batches ----------------------------------------------

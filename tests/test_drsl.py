@@ -1145,7 +1145,7 @@ def test_meters(play):
         assert shown[-1]["effective"] == [None if math.isnan(v) else round(v, 2) for v in expected.tolist()]
 
 
-@pytest.mark.parametrize("policy, every", [("live", 1), ("target", 3)])
+@pytest.mark.parametrize("policy, every", [("live", 2), ("target", 3)])
 def test_stopped_before_any_step_and_resumed_the_run_ends_the_same(play, policy, every):
     flags = ["--batch-norm", policy, "--save-every", every, "--optimizer", "adamw"]
     play(*flags, out="whole")

@@ -148,7 +148,7 @@ def test_no_step_of_the_loop_waits_for_the_gpu(tmp_path, monkeypatch, method, fl
 
 # ----------------------------------------------------- learning -----------------------------------------------------
 
-SHORT = ["--device", "cpu", "--size", "32x64", "--crop", "32x64", "--toy-images", 64, "--log-every", 1]
+SHORT = [*TINY, "--crop", "32x64", "--toy-images", 64]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_source_training_learns(trained):
 @pytest.mark.parametrize(
     "method, term, flags, off",
     [
-        ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3], None),
+        ("scale_invariant.py", "ce_t", ["--rounds", 1, "--portion", 3, "--iterations", 40, "--batch-size", 4], None),
         ("cpsl.py", "sl", ["--bank", 512], ["--lambda-sl", 0]),
         ("sdca.py", "feat_t", ["--no-ssl", "--delta", 0.5, "--tau", 1, "--lambda-feat", 1, "--lambda-out", 1],
          ["--lambda-feat", 0, "--lambda-out", 0]),
@@ -186,7 +186,7 @@ def test_a_short_adaptation_moves_what_it_claims_to_move(tmp_path, trained, meth
     """Its own target term falls, and further than with the idea off."""
     def fall(*more):
         name = f"run{len(more)}"
-        run(tmp_path, method, *SHORT, "--iterations", 40, "--lr", 1e-4, "--ramp", 5, "--init", trained / "last.pt",
+        run(tmp_path, method, *SHORT, "--iterations", 30, "--lr", 1e-4, "--ramp", 5, "--init", trained / "last.pt",
             "--out", name, *flags, *more)
         values = log(tmp_path / name, "adapt", term)
         return sum(values[:10]) - sum(values[-10:])

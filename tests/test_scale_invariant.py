@@ -827,10 +827,10 @@ def test_written_labels_are_those_of_the_equations(play, flags):
 
 def test_meters_of_the_enlarged_views(play):
     """result.json: the 2 x 2 windows of all validation pictures, enlarged, against truth enlarged; before and after."""
-    folder, trace = play("--batch-norm", "target", "--toy-images", 16, "--view", "window")
+    folder, trace = play("--batch-norm", "target", "--toy-images", 8, "--portion", 5, "--view", "window")
     meters, keys = result(folder)["meters"], ("entropy_gap", "cross_entropy", "agreement")
     assert set(meters) == {f"{name}_{when}" for name in (*keys, "enlarged_miou") for when in ("before", "after")}
-    images = common.ToyStreets("target", "val", (32, 64), images=16)
+    images = common.ToyStreets("target", "val", (32, 64), images=8)
     for when, look in zip(("before", "after"), trace.of("validation_views")):
         predict, metric, terms = prediction(look), common.MeanIoU(16), []
         for item in (images[i] for i in range(4)):
