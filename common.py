@@ -1259,7 +1259,7 @@ class Run:
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
-        task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone")}
+        task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone", "iterations")}
         task |= {"size": list(args.size), "classes": list(task_classes(args.source))}
         task["network"] = getattr(args, "head", "deeplab")
         contents = {"method": self.method, **task, "step": step, "random": torch.get_rng_state(), **states}
@@ -1383,6 +1383,7 @@ def unpack_model(checkpoint, path, model=None):
         raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
     fits = {"method": lambda v: isinstance(v, str), "source": lambda v: v in ("toy", "gta5", "synthia"),
             "toy_world": lambda v: isinstance(v, int), "toy_images": lambda v: isinstance(v, int),
+            "step": lambda v: isinstance(v, int), "iterations": lambda v: isinstance(v, int),
             "backbone": lambda v: v in BACKBONES, "network": lambda v: isinstance(v, str),
             "classes": lambda v: v in (list(CLASSES), list(SYNTHIA_16)), "model": lambda v: isinstance(v, dict),
             "size": lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(s, int) and s > 0 for s in v)}
@@ -1409,6 +1410,9 @@ def load_init(model, args, run):
     given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
     if saved["method"] != "source_only":
         raise InputError(f"{args.init}: a checkpoint of {saved['method']}; expected one of source_only.py, no --oracle")
+    if saved["step"] < saved["iterations"]:
+        raise InputError(f"{args.init}: stands at step {saved['step']} of {saved['iterations']}; "
+                         "let source_only.py finish (--resume)")
     keys = ("source", "toy_world", "backbone")
     wrong = [key for key in keys if saved[key] != getattr(args, key)]
     if wrong:

@@ -23,7 +23,8 @@ def settings(**changes):
     args = {"source": "toy", "toy_world": 0, "toy_images": 8, "data_root": None, "out": None, "resume": False,
             "seed": 0, "backbone": "resnet18", "backbone_weights": "none", "size": (32, 64), "source_size": (32, 64),
             "crop": (32, 64), "scale_jitter": [1.0, 1.0], "batch_norm": "live", "batch_size": 4, "workers": 0,
-            "device": "cpu", "precision": "fp32", "log_every": 2, "save_every": 100, "val_every": 0}
+            "device": "cpu", "precision": "fp32", "log_every": 2, "save_every": 100, "val_every": 0,
+            "iterations": 8}
     return argparse.Namespace(**{**args, **changes})
 
 

@@ -32,7 +32,8 @@ def real_checkpoint(folder, source="synthia"):
     model = common.DeepLabV2(len(classes), "resnet18")
     torch.save(
         {"method": "source_only", "source": source, "toy_world": 0, "toy_images": 400, "backbone": "resnet18",
-         "size": [32, 64], "classes": list(classes), "network": "deeplab", "step": 0, "model": model.state_dict()},
+         "size": [32, 64], "classes": list(classes), "network": "deeplab", "step": 4, "iterations": 4,
+         "model": model.state_dict()},
         folder / f"{source}.pt",
     )
     return model

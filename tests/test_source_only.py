@@ -299,6 +299,8 @@ def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
     saved = torch.load(start, weights_only=True)
     torch.save({**saved, "method": "cpsl"}, tmp_path / "cpsl.pt")
     assert "a checkpoint of cpsl" in refused("cpsl.pt")
+    torch.save({**saved, "step": saved["step"] - 1}, tmp_path / "half.pt")
+    assert f"half.pt: stands at step {saved['step'] - 1} of {saved['step']}; let" in refused("half.pt")
     assert "--toy-world 0; this run has --toy-world 1" in refused(start, "--toy-world", 1)
     assert "--backbone resnet14; this run has --backbone vgg16" in refused(start, "--backbone", "vgg16")
 
