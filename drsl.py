@@ -651,7 +651,8 @@ def main():
         meters["noise_classes"] = 100 * (1 - labelling[-1]["accuracy_classes"])
     common.settle_batch_norm(model, views, args)
     run.save("last.pt", done, model, optimizer=optimizer, head=head)
-    common.compare_with_source_only({"DRSL": model}, args, run, source_model, **meters)
+    title = "DRSL" if args.lambda_mm or args.lambda_sma else "plain self-training"
+    common.compare_with_source_only({title: model}, args, run, source_model, **meters)
 
 
 if __name__ == "__main__":

@@ -932,6 +932,13 @@ def differ(one, other):
 STATISTICS = {"backbone.1.running_mean", "backbone.1.running_var", "backbone.1.num_batches_tracked"}
 
 
+@pytest.mark.parametrize("flags, title", [
+    (["--lambda-mm", "0", "--lambda-sma", "0"], "plain self-training"),
+    (["--lambda-mm", "0"], "DRSL"), (["--lambda-sma", "0"], "DRSL")])
+def test_the_control_has_a_title_of_its_own(play, flags, title):
+    assert list(entries(play(*flags), "compare")[0]["models"]) == [title]
+
+
 @pytest.mark.parametrize("policy", ["live", "target", "frozen"])
 def test_stages_and_batch_norm(play, policy):
     trace = play("--batch-norm", policy)
