@@ -6,17 +6,9 @@ import pytest
 from scripts import PROJECT, run
 
 README = (PROJECT / "README.md").read_text()
-COMMANDS = [
-    line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
-]
-CALLS = {
-    call for line in COMMANDS for call in re.findall(r"(?:python|torch\.distributed\.run|torchrun)\s[^&|;]*", line)
-}
-for loop in [
-    call for line in COMMANDS for call in re.findall(r"(?:once|vary) \S+ (\S+\.py .*)", line)
-]:  # the lines of the table's loop
-    CALLS |= {loop.replace("$method", method) for method in ("scale_invariant", "cpsl", "sdca", "drsl")}
-CALLS = sorted(CALLS)
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines()]
+CALLS = sorted({call for line in COMMANDS for call in re.findall(r"(?:python|torchrun)\s[^&|;]*", line)})
 
 
 def test_the_readme_has_the_commands_a_stranger_needs():
