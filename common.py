@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 IGNORE = 255
 
@@ -261,12 +261,12 @@ class GTA5(Dataset):
     a label is resized to its image.
     """
 
-    def __init__(self, root, size=None, augment=None, classes=CLASSES):
+    def __init__(self, root, size=None, augment=None):
         self.images = list_images(find_folder(root, "GTA5/images"))
         folder = find_folder(root, "GTA5/labels")
         self.labels = pair_labels(self.images, lambda path: folder / path.name)
         self.size, self.augment = size, augment
-        self.table = id_table(classes, 0)
+        self.table = id_table(CLASSES, 0)
 
     def __len__(self):
         return len(self.images)
@@ -280,12 +280,12 @@ class GTA5(Dataset):
 class Synthia(Dataset):
     """Labelled source: root/RAND_CITYSCAPES/RGB/*.png with root/RAND_CITYSCAPES/GT/LABELS/*.png (16-bit)."""
 
-    def __init__(self, root, size=None, augment=None, classes=SYNTHIA_16):
+    def __init__(self, root, size=None, augment=None):
         self.images = list_images(find_folder(root, "RAND_CITYSCAPES/RGB"))
         folder = find_folder(root, "RAND_CITYSCAPES/GT/LABELS")
         self.labels = pair_labels(self.images, lambda path: folder / path.name)
         self.size, self.augment = size, augment
-        self.table = id_table(classes, 1)
+        self.table = id_table(SYNTHIA_16, 1)
 
     def __len__(self):
         return len(self.images)
@@ -308,7 +308,8 @@ class Cityscapes(Dataset):
                  full_label=False):
         self.images = list_images(find_folder(root, f"cityscapes/leftImg8bit/{split}"), "*/*_leftImg8bit.png")
         self.labels = None
-        if split != "train" if labelled is None else labelled:
+        labelled = split != "train" if labelled is None else labelled
+        if labelled:
             folder = find_folder(root, f"cityscapes/gtFine/{split}")
             self.labels = pair_labels(self.images, lambda path: (
                 folder / path.parent.name / path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")))
@@ -461,7 +462,7 @@ class DeepLabV2(nn.Module):
     8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
-              of this backbone. A file that does not fit is an InputError.
+              of this backbone, for resnet14 of ResNet-18. A file that does not fit is an InputError.
     """
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
@@ -511,7 +512,7 @@ def torchvision_network(backbone, weights):
     except OSError as error:
         raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
     if weights not in ("imagenet", "none"):
-        load_weights(net, read_checkpoint(weights), weights, f"torchvision {backbone}")
+        load_weights(net, read_checkpoint(weights), weights, f"torchvision's {build.__name__}")
     return net
 
 
@@ -665,19 +666,19 @@ def settle_batch_norm(model, views, args):
 
 
 def tiles(grid, size):
-    """Whether a grid's cells (h, w) tile a picture (H, W), as VGG16's do; a ResNet has one cell more, edge to edge."""
-    return size[0] % grid[0] == 0 and size[0] // grid[0] == size[1] / grid[1] >= 8
+    """Whether a grid's cells (h, w) tile the network's input (H, W), as VGG16's do; a ResNet has one cell more."""
+    return all(pixels in (cells, 8 * cells) for cells, pixels in zip(grid, size))
 
 
-def upsample(logits, size):
+def upsample(logits, size, seen=None):
     """(N, C, h, w) -> (N, C, H, W), bilinear: every cell of the grid is painted where the network is centred on it.
 
     A ResNet's first and last cells lie on the picture's edges (aligned corners), a VGG16's cells tile the picture.
-    Sizes are multiples of 8; then this holds to within a pixel.
+    `seen` is the size of the network's input, in multiples of 8, if it is not `size`.
     """
     if logits.shape[2:] == size:
         return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=not tiles(logits.shape[2:], size))
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=not tiles(logits.shape[2:], seen or size))
 
 
 def grid_labels(label, size):
@@ -697,7 +698,7 @@ def as_pixels(maps):
 
 def autocast(args):
     """Context in which the network computes in args.precision: fp32 or bf16."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 # ================================================= mIoU and pictures =================================================
@@ -725,6 +726,10 @@ class MeanIoU:
         pairs = label * classes + pred
         counts = torch.bincount(pairs, minlength=classes * classes)
         self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
+
+    def sum_processes(self, device):
+        """Adds up what all processes have seen. device: where the processes exchange tensors, args.device."""
+        self.confusion = all_sum(self.confusion.to(device))
 
     def iou(self):
         hit = self.confusion.diagonal().double()
@@ -756,7 +761,7 @@ def predict(model, images, size, args, scales=(1.0,), flip=False):
             with autocast(args):
                 _, logits = model(scaled.flip(3) if mirrored else scaled)
             logits = logits.float().flip(3) if mirrored else logits.float()
-            total = total + upsample(logits, size).softmax(1)
+            total = total + upsample(logits, size, scaled.shape[2:]).softmax(1)
     return total / (len(scales) * (1 + flip))
 
 
@@ -783,7 +788,7 @@ def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
             visit(batch, pred)
     model.train(was_training)
     for part in (metric, rare_looks):
-        part.confusion = all_sum(part.confusion.to(args.device))
+        part.sum_processes(args.device)
     result = scores(metric, classes)
     if rare_looks.present():
         result["rare_looks"] = 100 * rare_looks.recall()[rare_looks.present()].mean().item()
@@ -857,7 +862,7 @@ def score_table(columns):
     rows = [(name, [result["iou"].get(name) for result in results]) for name in names]
     rows += [(title, [result.get(key) for result in results]) for title, key in MEANS.items()]
     for name, values in rows:
-        cells = ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
+        cells = ["-" if v is None else f"{v:.1f}" for v in values]
         lines.append(f"{name:22}" + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
     return "\n".join(lines)
 
@@ -887,11 +892,15 @@ def draw_panel(path, titles, rows, width=320):
         sheet.save(temporary)
 
 
+def some(dataset, number):
+    """At most `number` items of a data set or range, evenly spaced."""
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int).tolist())
+
+
 def comparison_panel(path, models, args, split="val", scenes=4):
     """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
-    dataset, classes, rows = target_dataset(args, split, labelled=True), task_classes(args.source), []
-    for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
-        item = dataset[index]
+    classes, rows = task_classes(args.source), []
+    for item in some(target_dataset(args, split, labelled=True), scenes):
         row = [to_picture(item["image"]), colour_label(item["label"], classes)]
         for model in models.values():
             model.eval()
@@ -1053,7 +1062,8 @@ def shared_parser(doc, adapts=False):
     add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; the smallest picture must hold the crop")
     add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen", small="target"),
-        help="while adapting: live; or frozen, with the target's statistics or with the source-only model's")
+        help="frozen: pretrained statistics throughout; target: live in source training, then estimated on the target "
+             "and frozen; live: never frozen")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd", small="adamw"),
         help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
     add("--head-lr", type=positive, metavar="X", default=by_source(1.0, 10.0),
@@ -1086,6 +1096,8 @@ def parse(parser, argv=None):
         parser.error(f"--preset {preset} without --source gta5 or synthia: the toy world is small already")
     if args.source == "toy" and args.data_root:
         parser.error("--data-root without --source gta5 or synthia: the toy world reads no data")
+    if args.source == "toy" and isinstance(getattr(args, "source_size", None), tuple):
+        parser.error("--source-size without --source gta5 or synthia: the toy world draws everything at --size")
     if not isinstance(getattr(args, "size", None), (BySource, type(None))):
         for key in ("source_size", "crop"):
             if isinstance(getattr(args, key), BySource):
@@ -1113,7 +1125,7 @@ def as_typed(key, value):
 def ramp(step, args):
     """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
 
-    Without it the first steps of a fresh optimizer, whose statistics are those of one batch, throw the network about.
+    Without it the first steps of a fresh optimizer, whose averages rest on a single batch, are too large.
     """
     return min(1.0, step / max(args.ramp, 1))
 
@@ -1150,7 +1162,7 @@ class Run:
             with writing(self.folder / "log.jsonl") as temporary:  # again, because the file may end in half a line
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             write_json(self.folder / "args.json", settings)
-            print(f"{self.folder}  {versions()}  {args.device}  {args.precision}", flush=True)
+            print(f"{self.folder}  {versions(args.device)}  {args.device}  {args.precision}", flush=True)
         if lines:
             self.seconds_before = lines[-1]["seconds"]
         if world_size() == 1:
@@ -1165,6 +1177,8 @@ class Run:
         before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(settings))
         if not isinstance(before, dict):
             raise InputError(f"{self.folder / 'args.json'}: expected the settings of a run")
+        if before.get("method") != self.method:
+            raise InputError(f"{self.folder}: the run to resume is one of {before.get('method')}, not {self.method}")
         free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")
         changed = [as_typed(k, before.get(k)) for k in now if k not in free and now[k] != before.get(k)]
         if changed:
@@ -1174,16 +1188,12 @@ class Run:
     def interrupt(self, *_):
         """First Ctrl-C: finish the step, save, stop. Second: stop at once. (Several processes: they die and resume.)"""
         self.interrupted = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        print("\nstopping after this training step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def seconds(self):
         """Seconds of work on this run so far, earlier sessions included."""
         return self.seconds_before + time.time() - self.started
-
-    def time_to_log(self, step, steps):
-        """Whether `log_step` writes a line after this step: every `log_every` steps and at the end."""
-        return step % self.args.log_every == 0 or step == steps
 
     def time_to_save(self, step, steps):
         """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
@@ -1197,7 +1207,7 @@ class Run:
         """
         if stage != self.stage:
             self.stage, self.stage_step, self.stage_started = stage, step, time.time()
-        logged = self.time_to_log(step, steps)
+        logged = step % self.args.log_every == 0 or step == steps
         if not (logged or self.args.device == "cpu" or self.time_to_save(step, steps)):
             return
         values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
@@ -1290,13 +1300,15 @@ class Run:
     def finish(self, columns, own=None, **meters):
         """Prints the table of {title: scores}; writes result.json: all columns, on top those of `own`, last.pt's.
 
-        own: the last column if not given. meters: {name: number}, what a method measures of its own idea.
+        own: the last column if not given. meters: {name: number}, what a method measures of its own idea. Seconds
+        count all sessions of the run, the peak memory is the last one's.
         """
         own = own or list(columns)[-1]
         if rank() == 0:
             peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
-            result = {**columns[own], "own": own, "columns": columns, "meters": meters, "versions": versions(),
-                      "seconds": round(self.seconds(), 1), "peak_memory_gb": round(peak / 2**30, 2)}
+            result = {**columns[own], "own": own, "columns": columns, "meters": meters,
+                      "versions": versions(self.args.device), "seconds": round(self.seconds(), 1),
+                      "peak_memory_gb": round(peak / 2**30, 2)}
             looks = [line for line in self.logged() if "val_miou" in line]
             if looks:
                 best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
@@ -1319,7 +1331,7 @@ def check_data(args):
 def lock_folder(folder):
     """Makes a run folder and takes its lock, which ends with the process; InputError where another run holds it.
 
-    Windows has no such lock; there nothing is checked.
+    Windows and some network file systems have no such lock; there nothing is checked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1332,8 +1344,10 @@ def lock_folder(folder):
     lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise InputError(f"{folder}: another run is writing there; choose another --out") from error
+    except OSError:
+        return None
     return lock
 
 
@@ -1346,14 +1360,12 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def versions():
-    """One line: python, torch, the commit of these files if there is one, the processor or GPU."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def versions(device):
+    """One line: python, torch, the commit of these files if there is one, the processor or GPU that computes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    device = f"{os.cpu_count()} CPUs ({platform.machine()})"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {device}"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPUs ({platform.machine()})"
+    return f"python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'none'}, {machine}"
 
 
 def read_checkpoint(path):
@@ -1405,7 +1417,9 @@ def load_model(path, args):
 
 
 def load_init(model, args, run):
-    """Starts `model` from the checkpoint args.init of a source_only.py run; keeps a copy of it in the run folder."""
+    """Starts `model` from the checkpoint args.init of a source_only.py run, or a resumed run from its copy of that."""
+    if run.load("source_only.pt", model):
+        return
     saved = read_checkpoint(args.init)
     given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
     if saved["method"] != "source_only":
@@ -1419,7 +1433,7 @@ def load_init(model, args, run):
         raise InputError(f"{args.init}: trained with " + ", ".join(as_typed(key, saved[key]) for key in wrong)
                          + "; this run has " + ", ".join(as_typed(key, getattr(args, key)) for key in wrong))
     model.load_state_dict(given.state_dict())
-    run.save("source_only.pt", 0, model)
+    run.save("source_only.pt", saved["step"], model)
 
 
 def write_pseudo_labels(folder, labelled, args):
@@ -1450,7 +1464,7 @@ def run(main):
         # An error raised in a loader process arrives with that process's traceback in front of it.
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
     except KeyboardInterrupt:
-        sys.exit("stopped at once; the same command with --resume goes on from the last checkpoint")
+        sys.exit("stopped at once; a training run goes on from its last checkpoint with --resume")
     except OSError as error:
         if error.filename is None:
             raise
@@ -1513,10 +1527,9 @@ def all_sum(tensor):
 def describe(title, dataset, classes, samples):
     """Prints a data set's number of images, sizes, class shares, broken files, and what else looks wrong.
 
-    Returns four rows (image, label) to look at, and what is wrong with each file that could not be used.
+    Returns at most four rows (image, label) to look at, and what is wrong with each file that could not be used.
     """
-    samples = min(samples or len(dataset), len(dataset))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int)).tolist()
+    chosen = some(dataset, samples or len(dataset)).indices
     counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
     for index in chosen:
         try:
@@ -1541,7 +1554,7 @@ def describe(title, dataset, classes, samples):
     if broken:
         print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
     if hasattr(dataset, "images"):
-        for line in suspicions(dataset, [i for i in chosen if i < len(dataset.images)]):
+        for line in suspicions(dataset, chosen):
             print(f"    look: {line}")
     return rows, broken
 
@@ -1602,7 +1615,7 @@ def main():
 class ToyStreets(Dataset):
     """Street scenes drawn with Pillow and numpy: a measuring instrument with the 16 SYNTHIA classes and no files.
 
-    Every picture is a function of (world, domain, split, index) alone. What it is made of, and for whom:
+    Every picture is a function of (world, domain, split, index, size) alone. What it is made of, and for whom:
 
     * Zoom (LSE). The target's focal length is 1 to 2 times the source's: near things are larger than in the source.
     * A long tail (CPSL). Class shares have the shape of Cityscapes'. What is rare is in few pictures, but not small.
@@ -1633,10 +1646,6 @@ class ToyStreets(Dataset):
             raise IndexError(index)
         return toy_picture(self.world, self.domain, self.split, index, self.size)
 
-    def looks(self, index):
-        """uint8 (H, W): the look, 0 to 2, of every pixel. Every class has looks; 255 would be one without."""
-        return self.picture(index)[2]
-
     def __getitem__(self, index):
         image, label, look = self.picture(index)
         name = f"toy_{self.domain}_{self.split}_{index:04d}"
@@ -1644,7 +1653,7 @@ class ToyStreets(Dataset):
             label = read_label(Path(self.label_dir) / f"{name}.png")
         elif not self.labelled:
             label = None
-        item = make_item(Image.fromarray(image), label, name, None, self.augment, self.full_label)
+        item = make_item(Image.fromarray(image), label, name, None, self.augment)
         if self.full_label:  # for the evaluation
             item["look"] = torch.from_numpy(look)
         return item

@@ -534,7 +534,7 @@ def measure_labels(frozen, head, args):
                 metric.update(label.cpu(), batch["label"])
         rare = [i for i, name in enumerate(common.task_classes(args.source)) if name in common.RARE]
         for name, metric in metrics.items():
-            metric.confusion = common.all_sum(metric.confusion.to(args.device))
+            metric.sum_processes(args.device)
             present = metric.present()
             meters[name] = 100 * metric.mean(present)
             if set(rare) & set(present):

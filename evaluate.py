@@ -29,13 +29,13 @@ cosines with class means (SDCA), modes beside looks (DRSL). It reads the run fol
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import Subset
 
 import common
 
@@ -43,12 +43,12 @@ PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def titles_of(paths):
-    """A short distinct name per checkpoint: the file's stem, or with parent folders where stems repeat."""
+    """A short distinct name per checkpoint: the file's stem, with parent folders where stems repeat, or its path."""
     for depth in range(1, 1 + max(len(path.parts) for path in paths)):
         titles = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
         if len(set(titles)) == len(titles) and "last" not in titles:
-            break
-    return titles
+            return titles
+    return titles if len(set(titles)) == len(titles) else list(map(str, paths))
 
 
 def export(folder, name, pred, classes):
@@ -81,13 +81,14 @@ def segment(model, path, args):
     W, H = picture.size
     size = (args.size[0], max(8, round(args.size[0] * W / H / 8) * 8))  # proportions kept, multiples of 8
     item = common.make_item(picture, None, path.stem, size, None)
-    prob = common.predict(model, item["image"][None].to(args.device), size, args)  # (1, C, h, w)
+    image = item["image"][None].to(args.device)
+    prob = common.predict(model, image, size, args, args.scales, args.flip)  # (1, C, h, w)
     prob = F.interpolate(prob, size=(H, W), mode="bilinear")
     return picture, prob.max(1).indices[0].byte().cpu().numpy()
 
 
 def segment_pictures(models, tasks, folders, args):
-    """Writes the predictions of every model for the pictures of --images, and the panel if asked."""
+    """Writes the predictions of every model for the pictures of --images; the first eight into the panel if asked."""
     pictures, rows = find_pictures(args.images), []
     for name, path in pictures.items():
         row = []
@@ -98,7 +99,8 @@ def segment_pictures(models, tasks, folders, args):
             with common.writing(folder / "overlay" / f"{name}_overlay.png") as temporary:
                 overlay.save(temporary)
             row.append(overlay)
-        rows.append([picture, *row])
+        if args.panel and len(rows) < 8:
+            rows.append([ImageOps.pad(shown, (640, 320), color="white") for shown in (picture, *row)])
     if args.panel:
         common.draw_panel(args.panel, ["image", *models], rows)
     print(f"{len(pictures)} pictures segmented; written to {', '.join(map(str, folders))}")
@@ -120,11 +122,6 @@ def class_colour(name):
 def write_text(pen, xy, text, anchor="mm", size=12):
     """Black text whose anchor (left, middle, right; then ascender, middle) is at the point xy."""
     pen.text(xy, text, fill="black", anchor=anchor, font=ImageFont.load_default(size), align="center")
-
-
-def some(dataset, count):
-    """At most `count` items of a data set or range, evenly spaced."""
-    return Subset(dataset, np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist())
 
 
 def model_before(path, checkpoint, args):
@@ -154,7 +151,7 @@ def draw_lse(file, path, checkpoint, model, args):
     before, size, classes = model_before(path, checkpoint, args), args.size, common.task_classes(args.source)
     thresholds = torch.tensor(common.read_json(path.parent / "pseudo_labels/round1/round.json")["thresholds"])
     dataset, (h, w), rows = common.target_dataset(args, "val", labelled=True), lse.half(size), []
-    shown, metrics = set(some(range(len(dataset)), 5)), [common.MeanIoU(len(classes)) for _ in range(3)]
+    shown, metrics = set(common.some(range(len(dataset)), 5)), [common.MeanIoU(len(classes)) for _ in range(3)]
     middle = lambda maps: lse.cut(maps, h // 2, w // 2, h, w)
     for index in range(len(dataset)):
         item = dataset[index]
@@ -163,7 +160,8 @@ def draw_lse(file, path, checkpoint, model, args):
                         for one, image in ((before, item["image"]), (before, view), (model, view)))
         label = whole.max(0).indices  # (H, W)
         keep = lse.keep_confident(lse.normalised_entropy(lse.pixel_entropy(whole), label), label, thresholds)
-        taught, kept = (lse.transfer_labels(middle(whole), middle(mask), size) for mask in (keep | True, keep))
+        taught, kept = (lse.transfer_labels(middle(whole), middle(mask), size)
+                        for mask in (torch.ones_like(keep), keep))
         predictions = [taught, *(prob.max(0).indices for prob in seen)]  # (H, W) each
         for metric, prediction in zip(metrics, predictions):
             metric.update(prediction, truth)
@@ -235,7 +233,7 @@ def draw_sdca(file, path, checkpoint, model, args):
     before, mean = model_before(path, checkpoint, args), saved["feat"]["mean"].to(args.device)
     after = common.unpack_model(saved, path.parent / "sdca.pt").to(args.device).eval()
     statistics = sdca.ClassStatistics(*mean.shape, args.device)
-    for r, y in labelled_features(before, some(common.source_dataset(args), 400), args):
+    for r, y in labelled_features(before, common.some(common.source_dataset(args), 400), args):
         statistics.update(r, y)
     sides = class_cosines(before, statistics.mean, args), class_cosines(after, mean, args)
     low = math.floor(10 * min(side[:2].flatten().sort().values[len(side.T) // 100].item() for side in sides)) / 10
@@ -313,14 +311,14 @@ def draw_drsl(file, path, checkpoint, model, args, names=("building", "car")):
     common.load_weights(head.to(args.device), checkpoint["head"], path, f"{K} modes of {C} classes")
     dataset, scenes = common.target_dataset(args, "val", labelled=True), []
     tables = {name: torch.zeros(K, 3) for name in names}  # pixels by mode and look
-    for index in range(len(dataset)) if toy else some(range(len(dataset)), 4):
+    for index in range(len(dataset)) if toy else common.some(range(len(dataset)), 4):
         item, mixed = dataset[index], 1
         row = [common.to_picture(item["image"])]
         for name, table in tables.items():
             c = common.task_classes(args.source).index(name)
             mask, modes = item["label"] == c, modes_of(model, head, item, c, args)  # (H, W)
             if toy:
-                looks = torch.from_numpy(dataset.looks(index)).long()
+                looks = torch.from_numpy(dataset.picture(index)[2]).long()
                 counts = torch.bincount((3 * modes + looks)[mask], minlength=3 * K).view(K, 3)
                 table += counts
                 mixed *= (counts.sum() - counts.sum(0).max()).item()
@@ -349,14 +347,21 @@ IDEAS = {"scale_invariant": draw_lse, "cpsl": draw_cpsl, "sdca": draw_sdca, "drs
 # ===================================================== the runs ======================================================
 
 
-def read_run(folder):
-    """(seed, contents of result.json) of a finished run."""
-    result, settings = common.read_json(folder / "result.json"), common.read_json(folder / "args.json")
-    try:
-        result["own"], result["columns"], result["seconds"], result["peak_memory_gb"]
-        return settings["seed"], result
-    except (KeyError, TypeError) as error:
-        raise common.InputError(f"{folder}/result.json: not the result of a finished run (no {error})") from error
+def read_runs(folders):
+    """[(seed, contents of result.json)] of finished runs of one task; InputError, naming the folder, if one is not."""
+    runs, tasks = [], []
+    for folder in folders:
+        result, settings = common.read_json(folder / "result.json"), common.read_json(folder / "args.json")
+        try:
+            result["own"], result["columns"], result["seconds"], result["peak_memory_gb"]
+            runs.append((settings["seed"], result))
+            tasks.append({key: settings[key] for key in ("source", "toy_world", "toy_images", "backbone", "size")})
+        except (KeyError, TypeError) as error:
+            raise common.InputError(f"{folder}: not the folder of a finished run (no {error})") from error
+        if tasks[-1] != tasks[0]:
+            different = [common.as_typed(key, value) for key, value in tasks[-1].items() if value != tasks[0][key]]
+            raise common.InputError(f"{folder}: another task than {folders[0]}, {', '.join(different)}")
+    return runs
 
 
 def paired(folders, others):
@@ -364,9 +369,9 @@ def paired(folders, others):
 
     The difference has the standard error of its mean: what lies within twice of it may be chance.
     """
-    sides = []  # {seed: {measure: value}}
-    for side in (folders, others):
-        runs = dict(map(read_run, side))
+    sides, all_runs = [], read_runs([*folders, *others])  # {seed: {measure: value}}
+    for side, pairs in ((folders, all_runs[:len(folders)]), (others, all_runs[len(folders):])):
+        runs = dict(pairs)
         if len(runs) < len(side):
             raise common.InputError(f"{side[0]}, ...: a seed occurs twice; give one run of each seed")
         means = {seed: {title: result.get(key) for title, key in common.MEANS.items()} for seed, result in runs.items()}
@@ -374,7 +379,7 @@ def paired(folders, others):
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
         raise common.InputError(f"{folders[0]}, ... and {others[0]}, ...: no seed in common")
-    titles = [side[0].name.rstrip("-0123456789") or side[0].name for side in (folders, others)]
+    titles = [re.sub(r"-s?\d+$", "", side[0].name) for side in (folders, others)]
     lines = [f"| | seeds | {titles[0]} | {titles[1]} | difference ± standard error |", "|---" * 5 + "|"]
     for measure in sides[0][seeds[0]]:
         a, b = (np.array([side[seed].get(measure) for seed in seeds], np.float64) for side in sides)
@@ -392,8 +397,7 @@ def summary(folders):
     memory are those of the runs whose own result it is.
     """
     columns, costs = {}, {}  # {title: {seed: scores}}, {title: [(seconds, GB)]}
-    for folder in folders:
-        seed, result = read_run(folder)
+    for folder, (seed, result) in zip(folders, read_runs(folders)):
         costs.setdefault(result["own"], []).append((result["seconds"], result["peak_memory_gb"]))
         for title, scores in result["columns"].items():
             known = columns.setdefault(title, {}).setdefault(seed, scores)
@@ -435,13 +439,18 @@ def parse_args():
     add("--json", type=Path, metavar="FILE", help="write the table as JSON")
     common.add_machine_flags(parser)
     args = parser.parse_args()
-    args.workers = 0 if isinstance(args.workers, common.BySource) else args.workers
+    args.checkpoints = list(dict.fromkeys(args.checkpoints))
     if args.against and not args.summary:
         parser.error("--against needs --summary with the runs to compare")
     if bool(args.checkpoints) == bool(args.summary):
         parser.error("give either checkpoints or --summary with run folders")
-    if args.idea and (len(args.checkpoints) != 1 or args.images):
-        parser.error("--idea draws one checkpoint, and no --images")
+    if args.idea and len(args.checkpoints) != 1:
+        parser.error("--idea draws one checkpoint")
+    ignored = {"summary": ("idea", "images", "panel", "export", "json", "flip"),
+               "idea": ("images", "panel", "export", "json", "flip"), "images": ("data_root", "json")}
+    for mode in [mode for mode in ignored if getattr(args, mode)]:
+        for key in [key for key in ignored[mode] if getattr(args, key)]:
+            parser.error(f"--{key.replace('_', '-')} has no effect with --{mode}")
     return args
 
 
@@ -451,6 +460,8 @@ def main():
         print(paired(args.summary, args.against) if args.against else summary(args.summary))
         return
     common.start_processes(args)
+    if common.world_size() > 1 and (args.images or args.idea):
+        raise common.InputError("--images and --idea are work for one process, without torchrun")
     models, tasks = {}, []
     for path, title in zip(args.checkpoints, titles_of(args.checkpoints)):
         checkpoint = common.read_checkpoint(path)
@@ -460,6 +471,8 @@ def main():
         for key in ("source", "toy_world", "toy_images"):
             setattr(task, key, checkpoint[key])
         task.size = args.size or tuple(checkpoint["size"])
+        if isinstance(task.workers, common.BySource):
+            task.workers = task.workers[task.source]
         tasks.append(task)
     if args.idea:
         if checkpoint["method"] not in IDEAS:

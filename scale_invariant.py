@@ -497,7 +497,7 @@ def compare_views(model, dataset, corners, args):
                 metric.update(seen.max(0).indices, truth)
     gap, cross_entropy, agreement = (common.all_sum(total) / (corners.numel() / 2)).tolist()
     told = {"entropy_gap": gap, "cross_entropy": cross_entropy, "agreement": agreement}
-    metric.confusion = common.all_sum(metric.confusion.to(args.device))
+    metric.sum_processes(args.device)
     return {**told, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else told
 
 

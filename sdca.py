@@ -525,7 +525,8 @@ def parse_args():
     add("--lambda-out", type=common.weight, default=common.by_source(10.0, 1.0, small=10.0),
         help="weight of the bound on logits [C]; 0 for none")
     add("--covariance", action=switch, default=True, help="without: zero covariance, centroid-aware")
-    add("--raw-statistics", action="store_true", help="use statistics as they are, those of normalised features")
+    add("--raw-statistics", action=switch, default=False,
+        help="use statistics as they are, those of normalised features")
     add("--ssl", action=switch, default=True, help="self-supervised training after the adaptation [P]")
     add("--theta", type=common.fraction, default=0.9, help="upper bound of its pseudo-labels' class thresholds [C]")
     add("--from-scratch-ssl", action=switch, default=common.by_source(False, True, small=False),

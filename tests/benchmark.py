@@ -4,9 +4,9 @@
     python tests/benchmark.py --plan [SCRIPT ...] [FLAGS OF THE SCRIPTS]      # what a run costs, computed, not measured
 
 Not a test: pytest does not collect this file, and no time here is asserted anywhere. Every time is the median of
-several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds (on CUDA as the allocator
-tells it; on the CPU it is measured for SDCA's statistics alone, in processes of their own; their textbook form needs
-6.3 GiB).
+several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds, on CUDA as the allocator
+tells it. On the CPU it is measured for SDCA's statistics alone, in processes of their own, which time two calls and
+report the faster; their textbook form needs 6.3 GiB.
 """
 
 import argparse
@@ -636,7 +636,7 @@ def main():
         return print_plan(args.plan, flags)
     if flags:
         parser.error(f"unrecognized arguments without --plan: {' '.join(flags)}")
-    print(common.versions())
+    print(common.versions(args.device))
     for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
         equations(args.device)
     for precision in ("fp32", "bf16"):

@@ -1,6 +1,7 @@
 """common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -385,6 +386,32 @@ def test_cells_and_pixels_coincide_in_both_directions(backbone, axis):
         ruler = torch.arange(pixels).view([-1 if d == axis else 1 for d in range(2)]).expand(size)[None]
         read = common.grid_labels(ruler, tuple(grid))
         assert read.shape[1:] == grid and (read[0].select(1 - axis, 0) - centres).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize("backbone, offset, seen, size", [
+    ("vgg16", 3.5, (384, 768), (1024, 2048)), ("vgg16", 3.5, (640, 1280), (1024, 2048)),
+    ("vgg16", 3.5, (512, 1024), (1080, 1920)), ("resnet18", 0, (72, 152), (80, 160)),
+    ("resnet18", 0, (504, 1016), (1024, 2048))])
+def test_what_is_painted_at_another_size_stays_in_place(backbone, offset, seen, size):
+    """Sizes at which a grid could be taken for the other kind, such as a ResNet's 64x128 cells for 1024x2048 pixels."""
+    with torch.device("meta"):
+        grid = DeepLabV2(1, backbone).eval()(torch.empty(1, 3, *seen))[1].shape[2:]
+    place = (8.0 * torch.arange(grid[1]) + offset).expand(1, 1, *grid)  # the column at which a cell is centred
+    painted = common.upsample(place, size, seen)[0, 0, 0]
+    true = (torch.arange(size[1]) + 0.5) * seen[1] / size[1] - 0.5  # the column of the input that a pixel shows
+    assert (painted - true).abs()[16:-16].max() <= (1.001 if offset == 0 else 0.01)
+
+
+def test_prediction_paints_what_was_seen_at_every_scale(monkeypatch):
+    sizes = []
+
+    def upsample(logits, size, seen):
+        sizes.append(tuple(seen))
+        return torch.zeros(1, 2, *size)
+
+    monkeypatch.setattr(common, "upsample", upsample)
+    common.predict(lambda images: (None, images), torch.zeros(1, 2, 32, 64), (32, 64), settings(), scales=(0.5, 1, 2))
+    assert sizes == [(16, 32), (32, 64), (64, 128)]
 
 
 def test_perfect_cell_labels_score_high():
@@ -829,9 +856,31 @@ def test_not_finite_stops_with_step_and_terms(tmp_path):
     assert (run.folder / "last.pt").read_bytes() == before
 
 
+def test_a_file_system_without_locks_can_be_used(monkeypatch, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(error):
+        def flock(*_):
+            raise error
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(OSError(errno.ENOLCK, "No locks available"))
+    common.lock_folder(tmp_path)
+    refuse(BlockingIOError())
+    with pytest.raises(InputError, match="another run"):
+        common.lock_folder(tmp_path)
+
+
+def test_a_panel_shows_no_picture_twice():
+    assert common.some(range(2), 4).indices == [0, 1] and common.some(range(10), 4).indices == [0, 3, 6, 9]
+
+
 def test_versions_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "commit none" in common.versions()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert "commit none" in common.versions("cpu") and "CPUs" in common.versions("cpu")
+    assert common.versions("cuda").endswith("a GPU")
 
 
 def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch):

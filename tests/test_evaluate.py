@@ -159,6 +159,10 @@ def test_pictures_of_ones_own(toy, tmp_path):
         for path in ("one/labelIds/scene_pred_labelIds.png", "all/labelIds/toy_target_val_0002_pred_labelIds.png")
     )
     assert (one == scored).mean() > 0.999
+    run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "scene.png", "--export", "mean", *same, "--flip",
+        "--scales", 1.5, 2)
+    averaged = np.array(Image.open(tmp_path / "mean/labelIds/scene_pred_labelIds.png"))
+    assert 0.1 < (one == averaged).mean() < 0.999
     for wrong, word in (("nowhere", "nowhere"), (".stdout", ".stdout"), ("predictions/empty", "no picture found")):
         (tmp_path / "predictions/empty").mkdir(exist_ok=True)
         assert word in run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", wrong, ok=False)
@@ -397,7 +401,7 @@ def test_figure_of_drsl(adapted, tmp_path, monkeypatch):
     R = torch.nn.functional.normalize(checkpoint["head"]["representatives"], dim=2)  # (C, K, E)
     tables, mixed, seen = {2: np.zeros((3, 3)), 12: np.zeros((3, 3))}, [], {}
     for index in range(6):
-        item, looks, others = data[index], data.looks(index), 1
+        item, looks, others = data[index], data.picture(index)[2], 1
         with torch.no_grad():
             e = head(model(item["image"][None])[0])  # (1, E, h, w)
         for c, table in tables.items():
@@ -444,6 +448,9 @@ def test_figures_of_real_data(tmp_path):
     assert Image.open(tmp_path / "drsl.png").width == 3 * 300 - 4  # image | building: modes | car: modes
 
 
+TASK = {"source": "toy", "toy_world": 0, "toy_images": 400, "backbone": "resnet14", "size": [80, 160]}
+
+
 def test_summary_over_seeds(tmp_path):
     for i, (source, drsl) in enumerate([(30.0, 40.0), (32.0, 44.0), (34.0, 42.0)]):
         for method, own in (("DRSL", drsl), ("LSE", drsl - 10)):  # both start from the same source-only model
@@ -453,7 +460,7 @@ def test_summary_over_seeds(tmp_path):
             (folder / "result.json").write_text(
                 json.dumps({"own": method, "columns": columns, "seconds": 100 + i, "peak_memory_gb": 1 + i / 10})
             )
-            (folder / "args.json").write_text(json.dumps({"seed": i}))
+            (folder / "args.json").write_text(json.dumps({**TASK, "seed": i}))
     folders = [f"{method}{i}" for method in ("DRSL", "LSE") for i in range(3)]
     header, _, source, drsl, lse = run(tmp_path, "evaluate.py", "--summary", *folders).splitlines()
     assert (
@@ -464,10 +471,14 @@ def test_summary_over_seeds(tmp_path):
     assert drsl == "| DRSL | 3 | 42.0 ± 2.0 | - | 21.0 ± 1.0 | - | - | 101 | 1.2 |" and lse.startswith(
         "| LSE | 3 | 32.0 ± 2.0 |"
     )
-    (tmp_path / "LSE0/args.json").write_text(json.dumps({"seed": 1}))  # now seed 1 has two source-only models
+    (tmp_path / "LSE0/args.json").write_text(json.dumps({**TASK, "seed": 1}))  # now seed 1 has two source-only models
     assert "another result" in run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
     assert "result.json" in run(tmp_path, "evaluate.py", "--summary", "DRSL0", "gone", ok=False)
     assert "either" in run(tmp_path, "evaluate.py", ok=False)
+    (tmp_path / "LSE2/args.json").write_text(json.dumps({**TASK, "seed": 2, "toy_world": 1}))
+    other = run(tmp_path, "evaluate.py", "--summary", *folders, ok=False)
+    assert "LSE2: another task than DRSL0, --toy-world 1" in other
+    assert "no effect" in run(tmp_path, "evaluate.py", "--summary", *folders, "--panel", "p.png", ok=False)
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -482,7 +493,7 @@ def test_differences_are_paired_by_seed(tmp_path):
                      "rare": None if seed else 3.0, "meters": meters}
                 )
             )
-            (folder / "args.json").write_text(json.dumps({"seed": seed}))
+            (folder / "args.json").write_text(json.dumps({**TASK, "seed": seed}))
     a, b = ([f"{name}-{seed}" for seed in range(3)] for name in ("drsl", "plain"))
     header, _, row = run(tmp_path, "evaluate.py", "--summary", *a, "--against", *b).splitlines()
     assert header == "| | seeds | drsl | plain | difference ± standard error |"
@@ -501,7 +512,7 @@ def test_titles_are_short_and_distinct():
     assert titles("x/best.pt", "y/other.pt") == ["best", "other"]
     assert titles("a/b/last.pt", "c/b/last.pt") == ["a/b/last", "c/b/last"]
     assert titles("runs/x/last.pt") == ["x/last"] and titles("last.pt") == ["last"]
-    assert len(titles("a.pt", "a.pt")) == 2
+    assert titles("a.pt", "a.pth") == ["a.pt", "a.pth"]
 
 
 def test_every_help_answers_offline_and_leaves_nothing_behind(tmp_path):

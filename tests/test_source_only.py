@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def test_bad_input_is_one_line(tmp_path):
         tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False
     )
     assert "--source" in refused("--data-root", tmp_path, "--out", "a")
+    assert "--source-size without" in refused("--source-size", "64x128", "--out", "a")
     assert "--crop 64x64" in refused("--crop", "64x64", "--out", "b")
     for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--seed", 2**64],
                   ["--size", "64"], ["--size", "60x90"], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"],
@@ -303,6 +305,18 @@ def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
     assert f"half.pt: stands at step {saved['step'] - 1} of {saved['step']}; let" in refused("half.pt")
     assert "--toy-world 0; this run has --toy-world 1" in refused(start, "--toy-world", 1)
     assert "--backbone resnet14; this run has --backbone vgg16" in refused(start, "--backbone", "vgg16")
+
+
+def test_a_resumed_run_needs_no_init_any_more(tmp_path, start):
+    shutil.copy(start, tmp_path / "begin.pt")
+    arguments = ["scale_invariant.py", *TINY, "--init", "begin.pt", "--rounds", 1, "--iterations", 2, "--out", "run"]
+    run(tmp_path, *arguments)
+    columns = result(tmp_path / "run")["columns"]
+    (tmp_path / "begin.pt").unlink()
+    run(tmp_path, *arguments, "--resume")
+    assert result(tmp_path / "run")["columns"] == columns
+    other = run(tmp_path, "drsl.py", *TINY, "--out", "run", "--resume", ok=False)
+    assert "is one of scale_invariant, not drsl" in other
 
 
 def test_two_runs_cannot_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):

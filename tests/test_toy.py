@@ -127,7 +127,7 @@ def test_looks_belong_to_the_labelled_pixels(domain):
     image, label, look = scenes(domain)
     assert set(np.unique(look)) == {0, 1, 2}
     data = ToyStreets(domain, world=1, labelled=True)
-    assert np.array_equal(data.looks(7), look[7]) and np.array_equal(data[7]["label"].numpy(), label[7])
+    assert np.array_equal(data.picture(7)[2], look[7]) and np.array_equal(data[7]["label"].numpy(), label[7])
     sky = [image[(label == index("sky")) & (look == kind)].mean(0) for kind in range(3)]
     assert sky[0][2] - sky[0][0] > sky[2][2] - sky[2][0] + 20  # look 0 is blue, look 2 grey
     inside = (label == index("road")).any((1, 2))  # one road a picture, so one look
