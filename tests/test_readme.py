@@ -5,7 +5,7 @@ import re
 import pytest
 from scripts import PROJECT, run
 
-README = (PROJECT / "README.md").read_text()
+README = (PROJECT / "README.md").read_text().replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines()]
 CALLS = sorted({call for line in COMMANDS for call in re.findall(r"(?:python|torchrun)\s[^&|;]*", line)})
