@@ -1061,7 +1061,7 @@ def shared_parser(doc, adapts=False):
         help="random crop on which the network is trained; --size, where only that is given")
     add("--scale-jitter", type=positive, nargs=2, metavar=("LOW", "HIGH"), default=by_source([1.0, 1.0], [1.0, 1.5]),
         help="range of the random scale in training; the smallest picture must hold the crop")
-    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen", small="target"),
+    add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen", small="live"),
         help="frozen: pretrained statistics throughout; target: live in source training, then estimated on the target "
              "and frozen; live: never frozen")
     add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd", small="adamw"),

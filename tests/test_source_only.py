@@ -276,7 +276,7 @@ def test_every_file_has_the_small_preset(name, source, aspect, monkeypatch):
 
     paper, small = parsed(), parsed("--preset", "small")
     common_part = {"preset": "small", "backbone": "resnet50", "size": (256, 512), "source_size": (368, 640),
-                   "crop": (256, 512), "batch_norm": "target", "optimizer": "adamw", "batch_size": 4}
+                   "crop": (256, 512), "batch_norm": "live", "optimizer": "adamw", "batch_size": 4}
     if name != "source_only":
         common_part |= {"warmup_iterations": 10000, "warmup_lr": 1e-4}
     assert {key: value for key, value in small.items() if value != paper[key]} == common_part | SMALL[name]
