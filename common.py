@@ -686,7 +686,7 @@ def grid_labels(label, size):
     tiled = tiles(size, label.shape[1:])
     for axis, (cells, pixels) in enumerate(zip(size, label.shape[1:]), 1):
         cell = torch.arange(cells, device=label.device, dtype=torch.float64)
-        centre = (cell + 0.5) * pixels / cells if tiled else cell * (pixels - 1) / max(cells - 1, 1)
+        centre = (cell + 0.5) * pixels / cells - 0.5 if tiled else cell * (pixels - 1) / max(cells - 1, 1)
         label = label.index_select(axis, centre.round().long())
     return label
 

@@ -7,7 +7,7 @@
 Of the paper only abstract and Figure 1 with its caption were available; the equations below come from the authors'
 released code, checked against their training logs. Labels such as CPSL-6 are this project's own. Of the paper's own
 numbers two are known, from a question that its first author answered (issue 5 of the code): Eq. 9, the sampling, and
-Eq. 12, the constraint of the transport problem. Origin of equations, steps and flags:
+Eq. 12, the constraint of the transport problem. Origin of equations and flags ("that [P]": the paper has such a term):
 
     [P] the paper's abstract or Figure 1   [A] the author in that issue   [C] the authors' code only   [U] our choice
 
@@ -18,7 +18,7 @@ The idea in five sentences
    one prototype per class compared by cosine [C], learns online from optimal-transport assignments of sampled pixels
    and a memory bank of past ones [P].
 3. The transport problem is told how much of the target each class covers, namely what the pseudo-labels say: that makes
-   the self-labelling class-balanced [P, C]. A uniform marginal would give the tail more than its share [U].
+   the self-labelling class-balanced [P, C]. A uniform marginal would give the tail more than its share.
 4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [P].
 5. What the network learned is then distilled twice [C], here if asked (--distill 2), each time into a fresh one [U].
 
@@ -26,7 +26,7 @@ Notation
 --------
     N images   K classes = prototypes (index k)   D feature channels   h x w feature grid
     B = M + n pixels in one transport problem: M of the memory bank, n of one image
-    x     target image   f, f'  the network and its momentum copy         t, s  softmax of a teacher and of a student
+    x     target image   f, f'  features of the network, of its momentum copy   t, s  softmax of a teacher, a student
     z_i   feature of pixel i from f'   c_k, c'_k  prototypes, their momentum average; a cosine takes all at unit length
     P     softmax of the segmentation network   P_ST  the warm-up model's   P_SL  the momentum head's   y  label
     S_ik  score of pixel i for class k     Q_i  assignment of pixel i, sums to 1     r  class marginal, sums to 1
@@ -48,11 +48,12 @@ Equations
     CPSL-10  L_cons = mean over (n, k, h, w) of t (log t - log s): a KL divergence divided by K;                  [C]
              t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                             [C]
-    CPSL-12  later stages: L = L_src + CE(student, y of the previous student) + lambda_KD L_KD                    [C]
+    CPSL-12  later stages: L = L_src + CE(student on strong view, y of the previous student) + lambda_KD L_KD     [C]
     CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student            [U, see 8]
     CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                        that [P], form [C]
     CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                product [P], hard label [C]
-    CPSL-18  of an image's n sampled pixels class k gets n n_k / (h w), n_k: pixels with y = k   Eq. 9 [A], form [U]
+    CPSL-18  of an image's n sampled pixels class k gets n n_k / (h w), rounded up or down,      Eq. 9 [A], form [U]
+             n_k: cells of the grid with y = k
 
 Gradients: L_SL reaches the prototypes c and nothing else [P]; L_cons the network and not c' [C]; Q, y and the momentum
 copies receive none.
@@ -109,10 +110,10 @@ Deviations
     with --head proda the authors' head without Dropout2d, which trains its own source-only model; only this file can
     rebuild its checkpoints. With ResNet-101's 2048 channels the bank takes 0.5 GB, with 256 an eighth of that.
 14. Optimizer. Authors: SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps
-    its schedule takes a root of a negative number. Here: their rates on real data, after --ramp steps, for 2 + 2 images
-    instead of 4 + 4, decay 5e-4 but none on prototypes. Toy: AdamW, 2e-4, twice that for the prototypes alone: AdamW
-    moves them by their rate whatever the weight of their loss is, and once they have learned the class shares by heart,
-    the rectification counts these twice, because P_ST knows them too (five times as fast, and it harms the labels).
+    its schedule takes a root of a negative number. Here: their rates on real data without --preset, after --ramp steps,
+    for 2 + 2 images instead of 4 + 4, decay 5e-4 but none on prototypes. Toy and small preset: AdamW, twice the rate
+    for the prototypes. AdamW moves them by that rate however small lambda_SL is. Moved far (five times the rate), they
+    encode the class shares; P_ST encodes them as well, so the product counts them twice and the labels get worse.
 15. Distillation. Authors: SimCLR weights and a batch norm more, the second round starts from the first's student. Here:
     each round starts from --backbone-weights.
 16. Reported. Authors: the checkpoint that is best on the target's validation labels. Here: the last one.
@@ -120,7 +121,8 @@ Deviations
     setting                              authors                         here
     batch norm                           synchronised, live              --batch-norm, as in all files
     input                                RGB/255                         ImageNet mean and deviation
-    crops, scale                         896x512 of 2200 wide, 0.5-1.5   --crop, 1.0-1.5 (toy: no scaling)
+    training images                      896x512 of 2200 wide, 0.5-1.5   --crop, 1.0-1.5 (toy: no scaling), and jitter
+                                                                         of their colours, in the weak view too
     evaluation                           2048x1024                       --size
     pixels, bank, momentum on the toy    256, 65536, 0.999               64, 4096, 0.99
     weight alpha of CE on the toy        0.1                             1: so few steps learn little from RCE alone
@@ -135,7 +137,7 @@ twice: see the README.
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
     python cpsl.py --marginal uniform                   # a transport problem that knows nothing of the classes
-    python cpsl.py --no-rectify                         # plain self-training on argmax P_ST
+    python cpsl.py --no-rectify                         # self-training on argmax P_ST
     python cpsl.py --distill 2                          # with both distillation stages
     python cpsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
@@ -442,7 +444,7 @@ def prepare(warm, head, args):
         images += seen
     pixels, sums, images = (common.all_sum(t) for t in (pixels, sums, images))
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 13))
-    random = torch.randn(sums.shape, generator=generator).to(sums)  # for classes that no image shows
+    random = torch.randn(sums.shape, generator=generator).to(sums)  # for classes of which no image has enough pixels
     head.start.copy_(F.normalize(torch.where(images[:, None] > 0, sums, random), dim=1))
     head.prototypes.copy_(head.start)
     if args.marginal == "pseudo":
@@ -603,19 +605,19 @@ def parse_args():
         help="its base learning rate [C]")
     add("--head-scale", type=common.positive, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
-    add("--prototype-scale", type=common.positive, metavar="X", default=common.by_source(2.0, 5.0),
+    add("--prototype-scale", type=common.positive, metavar="X", default=common.by_source(2.0, 5.0, small=2.0),
         help="multiple of it for the prototypes [C]")
     add("--head", choices=("deeplab", "proda"), default="deeplab",
         help="proda: the authors' head, with its own warm-up")
     add("--marginal", choices=("pseudo", "uniform"), default="pseudo",
-        help="r: share of the warm-up model's labels [P], or 1/K")
+        help="r: class shares of the pseudo-labels [P], those of the warm-up model [C], or 1/K")
     add("--sampling", choices=("proportional", "uniform"), default="proportional",
         help="of pixels in L_SL: class by class, the paper's Eq. 9 [A], or over all pixels [C]")
     add("--rectify", action=switch, default=True,
         help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
     add("--temperature", type=common.positive, metavar="T", default=0.08, help="T of the cosine softmax [C]")
     add("--epsilon", type=common.positive, metavar="X", default=0.05, help="eps, weight of the entropy [C]")
-    add("--sinkhorn-iterations", type=common.count, metavar="N", default=3, help="n_it [C]")
+    add("--sinkhorn-iterations", type=common.count, metavar="N", default=3, help="rounds of CPSL-6 [C]")
     add("--pixels", type=common.count, metavar="N", default=common.by_source(64, 256),
         help="pixels per image in L_SL [C]")
     add("--bank", type=common.natural, metavar="N", default=common.by_source(4096, 65536),
@@ -625,7 +627,8 @@ def parse_args():
     add("--alpha", type=common.weight, metavar="X", default=common.by_source(1.0, 0.1),
         help="weight of CE on the target [C]")
     add("--beta", type=common.weight, metavar="X", default=1.0, help="weight of reverse CE on the target [C]")
-    add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
+    add("--lambda-sl", type=common.weight, metavar="X", default=0.1,
+        help="weight of the self-labelling loss [C]; under AdamW without effect, see deviation 14")
     add("--consistency", action=switch, default=common.by_source(False, True),
         help="CPSL-10 [C], one more view of the target per step")
     add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="its weight [C]")
@@ -704,7 +707,8 @@ def main():
         model = distill(model, source, views, args, run, stage, file)
 
     # Step 5: both models on the target's validation split, the rare classes and the class histogram among the figures.
-    common.compare_with_source_only({"CPSL": model}, args, run, source_model, **meters)
+    title = "CPSL" if args.rectify else "fixed labels"
+    common.compare_with_source_only({title: model}, args, run, source_model, **meters)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ Notation
     e_i    embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
     d2_ck  squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
     y_i    ground truth (source) or pseudo-label (target), 255 = ignore    m_i    mode of pixel i inside its class
-    P      softmax of the segmentation head    tau_c  class threshold    p  kept portion    V  pixels with y_i != 255
+    P      softmax of the segmentation head    tau_c  class threshold    V  pixels with y_i != 255    M  pairs per mode
+    p_r    portion kept in round r, from p_0 by delta_p to p_max    n_c  pixels labelled c    [x]_+ = max(x, 0)
+    alpha  margin    epsilon  softness of q    lambda_*, w_own  weights
 
 Equations
 ---------
@@ -40,16 +42,18 @@ Equations
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                            [R]
     DRSL-6   L_marg = mean_i [ d2_{y_i m_i} - min_{c != y_i, k} d2_ck + alpha ]_+         RepMet: m_i by DRSL-8 [R]
     DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
-    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode, inside the class [P]              --no-balance
+    DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             A: modes to which source and target pixels map; a_j, b_j: random ones of them, with replacement
+             A: modes to which source pixels map by m_i and target pixels by DRSL-19; a_j, b_j: random pixels of the
+             mode, with replacement
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c = confidence number floor(p N_c) of the N_c target pixels predicted c, in descending order;
-             1 if floor(p N_c) = 0                                                   CBST, arXiv 1810.07911  [F]
+    DRSL-14  tau_c = confidence number floor(p_r N_c) of the N_c target pixels predicted c, in descending order;
+             1 if floor(p_r N_c) = 0                                                   CBST, arXiv 1810.07911  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
     DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                             [F]
     DRSL-17  m_i = argmax_k q_ik, q_ik = exp(-d2_{y_i k}(e_i)/epsilon) u_i v_{y_i k} with u, v such that
-             sum_k q_ik = 1 and sum_{i: y_i = c} q_ik = n_c/K: every mode of a class gets the same share     [U]
+             sum_k q_ik = 1 and, nearly, sum_{i: y_i = c} q_ik = n_c/K, i over both domains: three rounds of
+             Sinkhorn's algorithm at epsilon 0.05, which leave modes far apart as uneven as their pixels     [U]
     DRSL-18  L_own = -mean_i log [ p_{y_i m_i} / sum_k p_{y_i k} ]                                           [U]
     DRSL-19  the mode to which any target pixel maps: argmin_{c,k} d2_ck                      --align-over all [U]
     DRSL-20  effective modes of class c = exp(-sum_k s_ck log s_ck), s_ck: share of mode k in c's pixels   (a meter)
@@ -81,7 +85,8 @@ Deviations, and choices where the sources are silent
     divided by 512. Here: three means over the same pixels.
  3. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
  4. Class balance of the mode losses. Paper: not known. Here: at most --pixels random pixels per class and image, on the
-    grid of stride 8, each labelled by the pixel at its centre. The alignment's target side takes every pixel.
+    grid of stride 8, each labelled by the pixel at its centre. The alignment's target side takes every pixel
+    (--align-over all), each with its nearest mode, while source pixels keep the balanced ones.
  5. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
  6. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all rounds, with a ramp and poly
     decay (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's do.
@@ -100,8 +105,7 @@ Deviations, and choices where the sources are silent
 
 Left out, because neither a sentence of the abstract nor a measurement asks for it: RepMet's scaled maximum in place of
 DRSL-4, modes drawn at random in place of the nearest, triplets or centroids in place of pairs ("pixels", says the
-abstract), alignment that moves only one domain, modes that start at random places (they die sooner), focal loss,
-SoftTriple, Magnet.
+abstract), alignment that moves only one domain, focal loss, SoftTriple, Magnet.
 
 Under torchrun each process balances and aligns the pixels of its own images.
 
@@ -133,8 +137,8 @@ import common
 class ModeHead(nn.Module):
     """The multi-modal head: embeds pixels on the unit sphere and holds the K representatives of each class.
 
-    Layers are inferred [I]: 1x1 convolution, GroupNorm, ReLU, 1x1 convolution, unit length. RepMet has two hidden
-    layers of 1024 on detection boxes and E = 256 [R].
+    Inferred [I]: the layers (1x1 convolution, GroupNorm, ReLU, 1x1 convolution) and that they read the segmentation
+    head's own features. Unit length is RepMet's, which has two hidden layers of 1024 on detection boxes, E = 256 [R].
     """
 
     def __init__(self, feature_dim, num_classes, modes=3, embedding=256):
@@ -144,7 +148,10 @@ class ModeHead(nn.Module):
         self.representatives = nn.Parameter(F.normalize(torch.randn(num_classes, modes, embedding), dim=2))
 
     def forward(self, features, distances=False):
-        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length; with `distances` also d2 (n, C, K) of all pixels."""
+        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length; with `distances` also d2 (n, C, K) of all pixels.
+
+        (In here, because DistributedDataParallel averages the gradients of what goes through it.)
+        """
         e = F.normalize(self.project(features), dim=1)
         return (e, self.squared_distances(common.as_pixels(e))) if distances else e
 
@@ -206,27 +213,30 @@ def own_mode_cross_entropy(d2, labels, modes, sigma):
 
 def assign_modes(d2, labels):
     """DRSL-8: index (n,) of the nearest mode inside the pixel's own class. Without meaning where labels are 255."""
-    return own_class(d2.detach(), labels).argmin(1)
+    # DRSL-8
+    return own_class(d2, labels).argmin(1)
 
 
 def balanced_assignment(d2_own, labels, num_classes, epsilon=0.05, iterations=3):
-    """DRSL-17: soft modes q (n, K) of pixels inside their class, every mode of which gets the same share. No gradient.
+    """DRSL-17: soft modes q (n, K) of pixels inside their class, whose modes get more equal shares. No gradient.
 
     d2_own (n, K): distances to the modes of the own class, labels (n,), 255 ignored. Sinkhorn's algorithm, for all
-    classes at once: in turn every mode is scaled to its share of the class and every pixel to a sum of 1.
+    classes at once: in turn every mode is scaled to the same mass and every pixel to a sum of 1. Modes that lie near
+    each other end with equal shares after a few iterations; modes far apart would take many more.
     """
     member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(d2_own)  # (n, C)
+    # DRSL-17
     q = (-d2_own.detach() / epsilon).softmax(1)  # (n, K)
     for _ in range(iterations):
         mass = member.T @ q  # (C, K): what every mode has
         q = q / (member @ mass).clamp(min=1e-30)  # now every mode of a class has 1; a pixel labelled 255 has no class
-        # DRSL-17
         q = q / q.sum(1, keepdim=True)  # now every pixel has 1
     return q
 
 
 def nearest_modes(d2):
     """DRSL-19: class (n,) and mode (n,) of the nearest of all C K modes. d2 (n, C, K)."""
+    # DRSL-19
     nearest = d2.flatten(1).argmin(1)  # (n, C K) -> (n,)
     return nearest // d2.shape[2], nearest % d2.shape[2]
 
@@ -264,7 +274,7 @@ def effective_modes(counts):
 
 
 def class_thresholds(confidence, label, num_classes, portion):
-    """DRSL-14: tau (C,), the confidence above which the best `portion` of the pixels predicted as each class lies.
+    """DRSL-14: tau (C,), the confidence from which on the best `portion` of the pixels predicted as each class lies.
 
     confidence (n,) in [0, 1], label (n,) predicted classes. A class with nothing to keep gets 1.
     """
@@ -273,12 +283,14 @@ def class_thresholds(confidence, label, num_classes, portion):
         values = confidence[label == c]
         keep = int(portion * len(values) + 1e-6)  # floor; 1e-6 so that 0.29 * 100 is 29
         if keep:
+            # DRSL-14
             tau[c] = values.kthvalue(len(values) - keep + 1).values  # number `keep` from the top
     return tau
 
 
 def pseudo_labels(prob, thresholds):
     """DRSL-15: (N, C, H, W) probabilities -> (N, H, W) labels, 255 where even the best class misses its threshold."""
+    # DRSL-15
     ratio, label = (prob / thresholds.view(1, -1, 1, 1)).max(1)  # (N, H, W)
     return torch.where(ratio >= 1, label, common.IGNORE)
 
@@ -290,7 +302,7 @@ def kmeans_modes(e, labels, representatives, iterations=10):
     pixel farthest from all centres so far. A class with fewer than K pixels keeps its rows of `representatives`.
     """
     C, K, _ = representatives.shape
-    R = F.normalize(representatives, dim=2).clone()
+    R = F.normalize(representatives, dim=2)
     for c in range(C):
         x = e[labels == c]  # (n_c, E)
         if len(x) < K:
@@ -559,13 +571,13 @@ def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
-        help="mode warm-up at --warmup-lr, network standing still [U]")
+        help="mode warm-up at --warmup-lr, network standing still, then k-means; 0: modes start at random places [U]")
     add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000, small=1000),
         help="mode warm-up at --lr, network learning too, with --lambda-mm 0 from its cross-entropy alone [U]")
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
         help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000, small=6000),
-        help="adaptation steps, all rounds together")
+        help="adaptation steps, all rounds together [F: 2 epochs a round]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-5),
         help="base learning rate of the adaptation [F]")
     add("--portion", type=common.fraction, metavar="p_0", default=common.by_source(0.3, 0.2),
@@ -573,7 +585,7 @@ def parse_args():
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
         help="delta_p, its growth per round [F]")
     add("--portion-max", type=common.fraction, metavar="p_max", default=0.5, help="its bound [F]")
-    add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]; 1 for none")
+    add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
         help="E, embedding size [U; RepMet 256]")
     add("--sigma", type=common.positive, metavar="X", default=0.3, help="width of a mode [U; RepMet 0.5]")
@@ -581,7 +593,7 @@ def parse_args():
     add("--pixels", type=common.count, metavar="N", default=common.by_source(32, 256),
         help="pixels per class and image in the mode losses, at most [U]")
     add("--balance", action=argparse.BooleanOptionalAction, default=True,
-        help="the modes of a class share its pixels evenly (DRSL-17); otherwise each takes the nearest (DRSL-8) [U]")
+        help="draw the modes of a class towards equal shares (DRSL-17); otherwise the nearest (DRSL-8) [U]")
     add("--epsilon", type=common.positive, metavar="X", default=0.05, help="softness of the balanced assignment [U]")
     add("--w-own", type=common.weight, metavar="X", default=1.0, help="weight of L_own in L_mm [U]")
     add("--align-over", choices=("all", "pseudo"), default="all",
@@ -595,6 +607,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.backbone == "vgg16-fcn8s":
+        raise common.InputError("--backbone vgg16-fcn8s: DRSL needs features and logits on one grid, DeepLabV2's")
     run = common.Run("drsl", args)
     source = common.source_dataset(args, common.training_augment(args, args.source_size))
     augment = common.training_augment(args)

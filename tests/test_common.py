@@ -666,7 +666,8 @@ def test_predictions_average_scales_and_mirror_images():
     torch.testing.assert_close(one.sum(1), torch.ones(2, 16, 32))
     mirrored = common.predict(model, image.flip(3), (16, 32), args).flip(3)
     torch.testing.assert_close(common.predict(model, image, (16, 32), args, flip=True), (one + mirrored) / 2)
-    double = common.upsample(model(F.interpolate(image, scale_factor=2, mode="bilinear"))[1], (16, 32)).softmax(1)
+    large = F.interpolate(image, scale_factor=2, mode="bilinear")
+    double = common.upsample(model(large)[1], (16, 32), (32, 64)).softmax(1)
     torch.testing.assert_close(common.predict(model, image, (16, 32), args, scales=(1.0, 2.0)), (one + double) / 2)
 
 

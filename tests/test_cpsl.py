@@ -1364,6 +1364,7 @@ def test_main_without_rectification_trains_on_the_fixed_labels(tmp_path, start):
     assert [name for name in order(events) if name != "settle"] == ["prepare", "optimizer", "step", "step", "compare"]
     assert all(step["terms"] == {"loss", "ce_s", "sce_t"} for step in only(events, "step"))
     assert not only(events, "assign") and only(events, "compare")[0]["meters"] == {}
+    assert list(only(events, "compare")[0]["models"]) == ["fixed labels"]
     begun, saved = load(start)["model"], load(tmp_path / "run/last.pt")
     assert torch.equal(saved["head"]["prototypes"], saved["head"]["start"]) and saved["bank"]["memory"].shape[0] == 0
     assert all(torch.equal(saved["model"][key], begun[key]) for key in begun if statistic(key))

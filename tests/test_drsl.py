@@ -932,6 +932,10 @@ def differ(one, other):
 STATISTICS = {"backbone.1.running_mean", "backbone.1.running_var", "backbone.1.num_batches_tracked"}
 
 
+def test_fcn8s_is_refused(tmp_path):
+    assert "vgg16-fcn8s" in run(tmp_path, "drsl.py", *TINY, "--backbone", "vgg16-fcn8s", ok=False)
+
+
 @pytest.mark.parametrize("flags, title", [
     (["--lambda-mm", "0", "--lambda-sma", "0"], "plain self-training"),
     (["--lambda-mm", "0"], "DRSL"), (["--lambda-sma", "0"], "DRSL")])
