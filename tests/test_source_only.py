@@ -69,7 +69,7 @@ def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, m
                               size=(32, 64), source_size=(32, 64), crop=(32, 64), scale_jitter=[1.0, 1.0],
                               batch_norm="live", optimizer="sgd", head_lr=10.0, batch_size=2, seed=0, device="cpu",
                               precision="fp32", workers=0, log_every=1, save_every=100, val_every=0,
-                              out=str(tmp_path / "run"), resume=False, data_root=None)
+                              out=str(tmp_path / "run"), resume=False, data_root=None, iterations=2)
     model, seen = common.build_model(args), []
     run_folder = common.Run("source_only", args)
     signal.signal(signal.SIGINT, signal.default_int_handler)
