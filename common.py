@@ -456,10 +456,10 @@ class DeepLabV2(nn.Module):
     3x3 convolutions with dilation 6, 12, 18 and 24 whose outputs are *all* summed (in AdaptSegNet's widely copied
     code a misplaced `return` leaves the last two out). Resize the logits with `upsample`.
 
-    A ResNet's max-pooling rounds sizes up, as in the papers' code: cell j of the grid is centred at pixel 8 j, and the
-    last one lies at the picture's edge, 65x129 cells for 512x1024 pixels. (torchvision rounds down; the last cell is
-    then centred 7 pixels before the edge, where upsampling paints it.) VGG16's cells tile the picture, centred at
-    8 j + 3.5.
+    A ResNet's max-pooling rounds sizes up, as in the widely copied code: cell j of the grid is centred at pixel 8 j,
+    and the last one lies at the picture's edge, 65x129 cells for 512x1024 pixels. (torchvision rounds down; the last
+    cell is then centred 7 pixels before the edge, where upsampling paints it.) VGG16's cells tile the picture, centred
+    at 8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
               of this backbone, for resnet14 of ResNet-18. A file that does not fit is an InputError.

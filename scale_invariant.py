@@ -48,7 +48,7 @@ Equations, all from the authors' code [C]
              corners; label: argmax of the *enlarged* P, so that one can appear between two pixels that both lack it;
              255 where not kept
     LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds of int(epochs n_p |T_r| / batch size) steps
-LSE-10 only compares pixels of one class inside one image: where the class has two entropies there and t_c > 0, its most
+E^ only ranks the pixels of one class inside one image: where the class has two entropies there and t_c > 0, its most
 certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
 
 The algorithm [C]                                                           paper's notion -> function
@@ -65,26 +65,28 @@ The algorithm [C]                                                           pape
    Enlarge p, LSE-13, and go to 2.                                          round_portion, round_steps
 5. Evaluate the last checkpoint.
 
-What the method rests on [U] is logged every round, on one enlarged window of every selected image: `entropy_gap`, the
-entropy on the enlarged view minus that of the whole image's prediction there, the premise in the abstract's words;
-`cross_entropy` of the prediction on the enlarged view against the whole image's label there; `agreement`, the share of
-equal argmax. Look at the last two: a network can be as *certain* on the enlarged view as on the whole image and yet be
-wrong there, which entropy cannot see and which is what there is to learn. result.json holds all three, `before` (the
-source-only model, its batch norm settled) and `after`, on the target's validation images cut into their 2 x 2 half-size
-windows, each enlarged by two, and `enlarged_miou`, the mIoU on these views against the truth enlarged alike.
+What the method rests on is logged every round, by meters of ours [U], on one enlarged window of every selected image:
+`entropy_gap`, the entropy on the enlarged view minus that of the whole image's prediction there, the premise in the
+abstract's words; `cross_entropy` of the prediction on the enlarged view against the whole image's label there;
+`agreement`, the share of equal argmax. Look at the last two: a network can be as *certain* on the enlarged view as on
+the whole image and yet be wrong there, which entropy cannot see and which is what there is to learn. result.json holds
+all three, `before` (the source-only model, its batch norm settled) and `after`, on the target's validation images cut
+into their 2 x 2 half-size windows, each enlarged by two, and `enlarged_miou`, the mIoU on these views against the truth
+enlarged alike.
 
 Controls, --view. In all of them the network labels whole images and is scored on whole images.
     enlarged   the method: windows of half the size, enlarged by two.
     window     the same windows as they are: less context, but no other scale.
     whole      the whole image, n_p times: neither, plain self-training with the same labels.
     both       the n_p enlarged patches of an image and the image itself, 1 + n_p examples in random order, which the
-               authors wrote and commented out. With --epochs a round then has (1 + n_p) / n_p times the steps.
+               authors wrote and commented out. With --iterations 0 a round then has (1 + n_p) / n_p times the steps.
 
 Deviations
 ----------
  1. Network. Authors: VGG16-FCN8s (the paper's headline); DeepLabV2 of which a misplaced `return` leaves two of four
     branches, on a ResNet that strides in its 1x1. Here: DeepLabV2 with four branches on torchvision's ResNet, which
-    strides in its 3x3; --backbone vgg16-fcn8s is the other.
+    strides in its 3x3; --backbone vgg16-fcn8s is the other. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here:
+    normalised RGB, for which FCN8s scales pool4 and pool3 by 0.58 and 0.0058, not by 0.01 and 0.0001 (common.FCN8s).
  2. SYNTHIA. Authors: 19 outputs; terrain, truck and train are neither ranked nor filtered, so nearly all their pixels
     become labels. Here: 16 outputs. The divisor in LSE-6 is 19 in both.
  3. Focal loss. Authors: per pixel for VGG; for DeepLab of one patch's mean cross-entropy, which modulates no pixel; and
@@ -97,10 +99,11 @@ Deviations
  7. List of selected images. Authors: from the second round on it is walked shuffled with repeats, about 35 % of T_r are
     lost, and one image too many is cut. Here: each image of T_r exactly n_p times.
  8. Patches without a kept pixel. Authors: NaN. Here: a loss of zero.
- 9. Batch norm. Authors: statistics move at batch 1, patches mixed in. Here: --batch-norm; statistics estimated for
-    labelling and evaluation come from the views on which the network is trained, cut from all target images.
-10. Optimizer. Authors: DeepLab's SGD lists body weights about 3.06 times and head weights once, and so moves them in a
-    step; one SYNTHIA log has a rate of 1e-12 and the scores of the published row. Here: each weight once.
+ 9. Batch norm. Authors: affine part frozen, statistics move at batch 1, patches mixed in. Here: --batch-norm, none of
+    whose values is that; statistics for labelling and evaluation come from up to 400 views of the kind on which the
+    network is trained, drawn from all target images.
+10. Optimizer. Authors: DeepLab's SGD lists body weights about 3.06 times and head weights once, and moves each as often
+    in every step; one SYNTHIA log has a rate of 1e-12 and the scores of the published row. Here: each weight once.
 11. Batch. Authors: 1 + 1, two backward passes. Here: n + n, one pass of the sum (the same gradient), means over the
     batch's valid pixels, 1/n as many steps. To move weights as theirs: about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
 12. Augmentation. Authors: none. Here: flip and colour jitter (source: also crop and scale, as in all files);
@@ -109,8 +112,8 @@ Deviations
     steps of the last round are never saved. Here: fixed rounds, all of them saved.
 
     setting             authors                                      here
-    rate over time      VGG constant, DeepLab poly in each round     poly, in each round with --iterations 0;
-                                                                     constant with --power 0 --ramp 0
+    rate over time      VGG constant, DeepLab poly in each round     poly, in each round with --iterations 0, after a
+                                                                     --ramp; constant with --power 0 --ramp 0
     FCN8s               Adam, biases at twice the rate               the same with --optimizer adam --head-lr 1
     source-only start   files, their making partly known             trained here or by source_only.py
     evaluation          probabilities are upsampled                  logits are, as in all files here
@@ -271,7 +274,7 @@ def view_agreement(seen, there):
 def focal(l, gamma):
     """The expression of LSE-3 for a cross-entropy l: of each pixel, or L_ce, as in the authors' DeepLab."""
     doubt = -torch.expm1(-l)  # 1 - exp(-l)
-    return doubt.clamp(min=1e-12) ** gamma * l  # clamped, because for gamma < 1 the power has no slope at 0
+    return doubt.clamp(min=1e-12) ** gamma * l  # clamped: for gamma < 1 the power's slope at 0 is infinite
 
 
 def focal_loss(logits, label, gamma):
@@ -285,7 +288,7 @@ def focal_loss(logits, label, gamma):
 
 
 def round_portion(p_0, delta_p, r):
-    """LSE-13: p of round r, counted from 0. Rounded, because the seventh of 0.1, 0.15, ... must be 0.4."""
+    """LSE-13: p of round r, counted from 0. Rounded, so that the log says 0.15 and not 0.15000000000000002."""
     return round(p_0 + r * delta_p, 9)
 
 
@@ -349,7 +352,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 
 def step_losses(network, source, target, args):
-    """The named losses of one step, `loss` their sum. source, target: images (N, 3, H, W) and labels (N, H, W).
+    """The named losses of one step, `loss` LSE-4 of them. source, target: images (N, 3, H, W) and labels (N, H, W).
 
     Target images are patches, target labels the transferred ones. Two forward passes, so that batch norm, where it is
     live, normalises each domain by its own statistics.
@@ -533,7 +536,7 @@ def parse_args():
         help="delta_p, its growth per round [C]")
     add("--patches", type=common.count, metavar="n_p", default=4, help="random patches per selected image [C]")
     add("--view", choices=("enlarged", "window", "whole", "both"), default="enlarged",
-        help="target examples: half-size windows enlarged by two [P]; or, as controls, the same windows as they are, "
+        help="target examples: half-size windows enlarged by two [C]; or, as controls, the same windows as they are, "
              "whole images, or patches and whole images")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest",
         help="how the mask of kept pixels is enlarged [U, C]")
@@ -562,7 +565,7 @@ def main():
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
-    # What batch norm is settled on: all target images in the view that the network is trained on.
+    # What batch norm is settled on: views as the network is trained on, drawn from all target images.
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 7))
     corners = random_windows(images, args.patches, args.size, half(args.size), generator)
     views = Views(args, view_examples(args.view, range(images), corners, args.size))
