@@ -75,7 +75,7 @@ The algorithm                                                             paper'
      multi-modal head and its distances, DRSL-3                           ModeHead
      multi-modal distribution learning, DRSL-4 to -7, -18                 mode_loss, mode_cross_entropy, margin_loss
      mode assignment, DRSL-8, -17, -19                                    balanced_assignment, nearest_modes
-     stochastic mode alignment, DRSL-9                                    stochastic_mode_alignment
+     stochastic mode alignment, DRSL-9A                                   stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
 Deviations, and choices where the sources are silent
