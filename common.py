@@ -1491,13 +1491,16 @@ def world_size():
 
 
 def start_processes(args):
-    """Joins the other processes if torchrun started this one, and takes its GPU; InputError where there is none."""
+    """Joins the other processes if torchrun started this one, and takes a GPU; InputError where there is none."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here, expected cpu")
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if "LOCAL_RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        # NCCL asks for a GPU per process; gloo lets several share one, for a test.
+        enough = args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus
+        dist.init_process_group("nccl" if enough else "gloo")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local % gpus)
         torch.backends.cudnn.benchmark = True
 
 

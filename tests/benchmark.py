@@ -2,6 +2,7 @@
 
     python tests/benchmark.py [--device cpu|cuda]
     python tests/benchmark.py --plan [SCRIPT ...] [FLAGS OF THE SCRIPTS]      # what a run costs, computed, not measured
+    python tests/benchmark.py --plan --measure                                # and, on a GPU, a step of each beside it
 
 Not a test: pytest does not collect this file, and no time here is asserted anywhere. Every time is the median of
 several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds, on CUDA as the allocator
@@ -12,6 +13,7 @@ report the faster; their textbook form needs 6.3 GiB.
 import argparse
 import contextlib
 import copy
+import gc
 import math
 import multiprocessing
 import re
@@ -220,7 +222,7 @@ def statistics_form(textbook, device="cpu"):
     features, labels, C = one_feature_map(device)
     if textbook:
         return lambda: class_statistics_textbook(features, labels, C)
-    return lambda: sdca.ClassStatistics(C, features.shape[1]).update(features, labels)
+    return lambda: sdca.ClassStatistics(C, features.shape[1], device).update(features, labels)
 
 
 def peak_resident():
@@ -267,7 +269,7 @@ def sdca_equations(device):
         )
     features, labels, C = one_feature_map(device)
     features.requires_grad_()
-    known = sdca.ClassStatistics(C, features.shape[1])
+    known = sdca.ClassStatistics(C, features.shape[1], device)
     known.update(features, labels)
     report("SDCA-5 bound, forward and backward",
            lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
@@ -543,18 +545,34 @@ PLANS = {
 }
 
 
+def build_step(form, args, target_size, device):
+    """A step of a script, with pictures at the sizes that its arguments say, and its network."""
+    C, N = len(common.task_classes(args.source)), args.batch_size
+    with torch.device(device):
+        model = common.build_network(C, args.backbone).train().to(memory_format=torch.channels_last)
+        batches = [t for size in (args.crop, target_size) for t in (
+            torch.randn(N, 3, *size).to(memory_format=torch.channels_last), torch.randint(C, (N, *size)))]
+    if args.batch_norm != "live":
+        common.freeze_batch_norm(model)
+    return form(model, *batches, args), model
+
+
 def planned_cost(form, args, target_size, precision):
     """`step_cost` of a step with a script's arguments."""
     args = argparse.Namespace(**{**vars(args), "precision": precision})
-    C, N = len(common.task_classes(args.source)), args.batch_size
-    with torch.device("meta"):
-        model = common.build_network(C, args.backbone).train()
-        batches = [t for size in (args.crop, target_size)
-                   for t in (torch.zeros(N, 3, *size), torch.zeros(N, *size, dtype=torch.int64))]
-    if args.batch_norm != "live":
-        common.freeze_batch_norm(model)
     with on_meta():
-        return step_cost(form(model, *batches, args), model)
+        return step_cost(*build_step(form, args, target_size, "meta"))
+
+
+def measured_cost(form, args, target_size, precision):
+    """Milliseconds of such a step on this machine's GPU, and GiB that torch takes there (CUDA itself takes more)."""
+    args = argparse.Namespace(**{**vars(args), "precision": precision, "device": "cuda"})
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step, _ = build_step(form, args, target_size, "cuda")
+    milliseconds, _ = measure(step, "cuda", runs=5)
+    return milliseconds, torch.cuda.max_memory_reserved() / 2**30
 
 
 def hours(flop, peak):
@@ -567,8 +585,11 @@ def smallest_gpu(gib):
     return next((str(size) for size in SIZES if size >= gib), f">{SIZES[-1]}")
 
 
-def plan(script, flags, costs):
-    """A script's row of the table and its schedule, both as text, and its arguments. costs: of steps, known so far."""
+def plan(script, flags, costs, on_gpu=False):
+    """A script's row of the table, its schedule and the row of what was measured (all text) and its arguments.
+
+    costs: of steps, known so far. on_gpu: run its step, or else that row is empty.
+    """
     module, own, stages, idle = PLANS[script]
     args = settings(module, "--source", "gta5", "--device", "cpu", *flags)
     target_size = lse.view_size(args) if module is lse else args.crop
@@ -586,13 +607,17 @@ def plan(script, flags, costs):
     cells += [f"{gib:6.1f}" for gib in (state, *saved, *peaks)] + [f"{smallest_gpu(gib):>5}" for gib in peaks]
     times = [hours(flop, peak) for pair in GPUS.values() for peak in pair]
     cells += [f"{h:6.1f}" if h >= 1 else f"{h:6.2f}" for h in times]
-    return "".join(cells), ", ".join(f"{stage} {steps}" for stage, steps, _ in stages), args
+    measured = ""
+    if on_gpu:
+        results = [measured_cost(own, args, target_size, precision) for precision in ("fp32", "bf16")]
+        measured = f"{script:15}" + "".join(f"{value:9.1f}" for values in zip(*results) for value in values)
+    return "".join(cells), ", ".join(f"{stage} {steps}" for stage, steps, _ in stages), measured, args
 
 
-def print_plan(scripts, flags):
+def print_plan(scripts, flags, on_gpu=False):
     """The table of what the scripts cost with each preset; flags: theirs, beside the preset's."""
     peaks = ", ".join(f"{name} {fp32:g} / {bf16:g}" for name, (fp32, bf16) in GPUS.items())
-    print(f"""Computed, not measured: nothing here has run on a GPU.
+    print(f"""Computed, not measured, on a device without values:
 TFLOP      of one step of the method, forward and backward (a multiply-add is two)
 M weights  in millions: trained, and in copies that the method keeps
 GiB        state: weights, copies, gradients, optimizer; saved: by autograd for the backward pass; peak: both and
@@ -601,9 +626,9 @@ fits       the least memory that holds the peak, of {', '.join(map(str, SIZES))}
 hours      all steps of all stages (below) at {SHARE:.0%} of the GPU's peak; labelling, scoring, slow disks come on top;
            peaks in TFLOP/s: {peaks}""")
     for preset, own in PRESETS.items():
-        costs, schedules = {}, []
+        costs, schedules, measured = {}, [], []
         for script in scripts or PLANS:
-            row, schedule, args = plan(script, [*own, *flags], costs)
+            row, schedule, on_this, args = plan(script, [*own, *flags], costs, on_gpu)
             if not schedules:
                 size = "x".join(map(str, args.crop))
                 print(f"\n{preset}: {args.source}, {args.backbone}, {size}, {args.batch_size} images of each domain")
@@ -613,7 +638,11 @@ hours      all steps of all stages (below) at {SHARE:.0%} of the GPU's peak; lab
                       + f"{'fp32':>5}{'bf16':>5}" + f"{'fp32':>6}{'bf16':>6}" * len(GPUS))
             print(row, flush=True)
             schedules.append(f"{script}: {schedule}")
+            measured.append(on_this)
         print("steps:", *schedules, sep="\n  ")
+        if on_gpu:
+            print(f"\nmeasured on this {torch.cuda.get_device_name()}: a step, and what torch takes of the memory")
+            print(f"{'':15}{'ms fp32':>9}{'bf16':>9}{'GiB fp32':>9}{'bf16':>9}", *measured, sep="\n", flush=True)
 
 
 def main():
@@ -631,9 +660,13 @@ def main():
              f"{', '.join(PLANS)}: TFLOP per step, weights, memory, the GPU on which it fits, hours; flags that follow "
              "go to the scripts, as in --plan cpsl --batch-size 1",
     )
+    parser.add_argument("--measure", action="store_true", help="with --plan: also run steps on this machine's GPU")
     args, flags = parser.parse_known_args()
+    if args.measure and (args.plan is None or not torch.cuda.is_available()):
+        parser.error("--measure needs --plan and a GPU")
+    torch.backends.cudnn.benchmark = True  # as in every script
     if args.plan is not None:
-        return print_plan(args.plan, flags)
+        return print_plan(args.plan, flags, args.measure)
     if flags:
         parser.error(f"unrecognized arguments without --plan: {' '.join(flags)}")
     print(common.versions(args.device))
@@ -642,7 +675,7 @@ def main():
     for precision in ("fp32", "bf16"):
         steps(args.device, precision, "resnet14", (64, 128), 4)
         if args.device == "cuda":
-            steps(args.device, precision, "resnet101", (512, 1024), 2)
+            steps(args.device, precision, "resnet101", (512, 1024), 2, rounds=5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Runs the project's scripts as a user would: in processes of their own, from another folder, offline, on the CPU.
+"""Runs the project's scripts as a user would: in processes of their own, from another folder, offline.
+
+They run on the CPU, or with DEVICE=cuda in the environment on the GPU, where nothing is the same bit for bit.
 
 Starting Python and importing torch takes seconds, hundreds of times over. So one server process imports torch once and
 forks a fresh process for every run; only `command` is the plain command line.
@@ -14,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 PROJECT = Path(__file__).parent.parent
-TINY = ["--device", "cpu", "--size", "32x64", "--toy-images", "24", "--batch-size", "2", "--log-every",
+DEVICE = os.environ.get("DEVICE", "cpu")
+TINY = ["--device", DEVICE, "--size", "32x64", "--toy-images", "12", "--batch-size", "2", "--log-every",
         "1"]  # one step takes a moment
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # inherited by every run
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -83,8 +87,8 @@ def start_two(folder, script, *arguments):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
-        start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-              MASTER_PORT=port)
+        start(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in "01"
     ]
 
@@ -122,6 +126,9 @@ def logged(folder, stage, at_least=1):
     """Whether log.jsonl holds that many lines of a stage."""
     path = Path(folder) / "log.jsonl"
     return path.exists() and path.read_text().count(f'"stage": "{stage}"') >= at_least
+
+
+exact = pytest.mark.skipif(DEVICE == "cuda", reason="the same bit for bit on the CPU only")
 
 
 def same_weights(one, other):

@@ -129,7 +129,8 @@ def test_plan_of_one_script_with_its_flags(monkeypatch, capsys):
 
 
 def test_help_explains_the_plan_and_foreign_flags_are_refused_without_it(monkeypatch, capsys):
-    for flag, said in (("--help", "measure nothing, but compute"), ("--batch-size", "without --plan: --batch-size")):
+    for flag, said in (("--help", "measure nothing, but compute"), ("--batch-size", "without --plan: --batch-size"),
+                       ("--measure", "--measure needs --plan and a GPU")):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", flag])
         with pytest.raises(SystemExit):
             benchmark.main()

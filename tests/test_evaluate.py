@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import PROJECT, TINY, result, run
+from scripts import DEVICE, PROJECT, TINY, result, run
 from trees import write_cityscapes, write_synthia
 
 import common
@@ -60,9 +60,9 @@ def test_other_worlds_and_splits(toy, tmp_path):
     """A checkpoint remembers its world; the train split is scored with labels that training never opened."""
     run(tmp_path, "source_only.py", *TINY, "--toy-world", 1, "--iterations", 2, "--out", "w")
     for split in ("val", "train"):
-        run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--precision", "fp32", "--split", split, "--flip",
+        run(tmp_path, "evaluate.py", "w/last.pt", "--device", DEVICE, "--precision", "fp32", "--split", split, "--flip",
             "--json", f"{split}.json")
-    run(tmp_path, "evaluate.py", "w/last.pt", "--device", "cpu", "--json", "plain.json")
+    run(tmp_path, "evaluate.py", "w/last.pt", "--device", DEVICE, "--json", "plain.json")
     tables = {name: json.loads((tmp_path / f"{name}.json").read_text())["w/last"] for name in ("val", "train", "plain")}
     assert tables["plain"]["iou"] == result(tmp_path / "w")["columns"]["source only"]["iou"]
     assert tables["train"]["iou"] != tables["val"]["iou"] != tables["plain"]["iou"]
@@ -131,7 +131,7 @@ def test_pictures_of_ones_own(toy, tmp_path):
     turned[0x0112] = 6  # the camera was held on its side
     Image.fromarray(pixels).save(tmp_path / "album/deep/turned.jpeg", exif=turned)
     (tmp_path / "album/notes.txt").write_text("no picture")
-    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album", "--device", "cpu",
+    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album", "--device", DEVICE,
               "--panel", "panel.png")
     assert "3 pictures" in out
     sizes = {"holiday": (133, 99), "street": (140, 100), "turned": (100, 140)}
@@ -149,9 +149,9 @@ def test_pictures_of_ones_own(toy, tmp_path):
     assert all(np.array_equal(colour[y, x], table[ids[y, x]]) for y, x in ((0, 0), (50, 70), (98, 132)))
     assert Image.open(tmp_path / "panel.png").width == 2 * 324 - 4  # image | prediction
     # The same scene as a validation picture gives what scoring it gives.
-    item = common.ToyStreets("target", "val", (32, 64), images=24)[2]
+    item = common.ToyStreets("target", "val", (32, 64), images=12)[2]
     common.to_picture(item["image"]).save(tmp_path / "scene.png")
-    same = ["--device", "cpu", "--precision", "fp32"]
+    same = ["--device", DEVICE, "--precision", "fp32"]
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "scene.png", "--export", "one", *same)
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--export", "all", *same)
     one, scored = (
@@ -269,7 +269,7 @@ def labels_of(picture):
 
 def test_every_method_has_a_figure_and_source_only_has_none(adapted, tmp_path):
     for method in METHODS:
-        out = run(tmp_path, "evaluate.py", adapted / method / "last.pt", "--idea", f"{method}.png", "--device", "cpu")
+        out = run(tmp_path, "evaluate.py", adapted / method / "last.pt", "--idea", f"{method}.png", "--device", DEVICE)
         assert out == "" and 860 < Image.open(tmp_path / f"{method}.png").width <= 900
         assert (tmp_path / f"{method}.png").stat().st_size < 200_000
     wrong = run(tmp_path, "evaluate.py", adapted / "start.pt", "--idea", "p.png", ok=False)
@@ -342,8 +342,8 @@ def test_figure_of_lse(adapted, tmp_path, monkeypatch):
 def test_figure_of_cpsl(adapted, tmp_path, monkeypatch):
     """The bars are as high as the shares that the table of these checkpoints holds."""
     file, texts, _, _ = draw(adapted, tmp_path, monkeypatch, "cpsl")
-    run(tmp_path, "evaluate.py", adapted / "cpsl/warmup.pt", adapted / "cpsl/last.pt", "--device", "cpu", "--precision",
-        "fp32", "--json", "t.json")
+    run(tmp_path, "evaluate.py", adapted / "cpsl/warmup.pt", adapted / "cpsl/last.pt", "--device", DEVICE,
+        "--precision", "fp32", "--json", "t.json")
     warm, own = json.loads((tmp_path / "t.json").read_text()).values()
     for title, scores in (("warm-up", warm), ("CPSL", own)):
         assert f"{title} (histogram distance {scores['histogram_distance']:.1f} %)" in texts

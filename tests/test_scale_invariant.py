@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import SPLITTABLE, TINY, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from scripts import SPLITTABLE, TINY, exact, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -505,7 +505,7 @@ def test_each_term_comes_from_its_own_domain():
 
 # ------------------------------------------------- the wires of main --------------------------------------------------
 
-FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--patches", 2]
+FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 2]
 QUICK = [*TINY[:4], "--toy-images", 12, "--batch-size", 2, "--log-every", 1, "--precision", "fp32",
          "--warmup-iterations", 1, "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 4,
          "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd", "--ramp", 2]
@@ -939,9 +939,9 @@ def test_one_command_runs_all_stages(uninterrupted):
     out = (uninterrupted.parent.parent / "out.txt").read_text()
     assert "source only" in out and "LSE" in out and "motorcycle" in out and "enlarged_miou_after" in out
     rounds = [line for line in lines(uninterrupted) if "round" in line["stage"]]
-    assert [r["portion"] for r in rounds] == [1.0, 1.5]  # LSE-13
+    assert [r["portion"] for r in rounds] == [2.0, 2.5]  # LSE-13
     assert all(0 < r["kept"] < 1 and 0 <= r["accuracy"] <= 1 and r["cross_entropy"] > 0 for r in rounds)  # P12
-    assert all(r["examples"] == 2 * r["images"] and 0 < r["images"] <= 24 for r in rounds)  # P4: no image too many
+    assert all(r["examples"] == 2 * r["images"] and 0 < r["images"] <= 12 for r in rounds)  # P4: no image too many
     for r, logged_round in enumerate(rounds):
         folder = uninterrupted / f"pseudo_labels/round{r + 1}"
         files = sorted(folder.glob("*.png"))
@@ -953,6 +953,7 @@ def test_one_command_runs_all_stages(uninterrupted):
     assert Image.open(uninterrupted / "panel.png").width > 4 * 300  # image | truth | source only | LSE
 
 
+@exact
 def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uninterrupted):
     run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--out", "given")
     assert same_weights(start, uninterrupted / "source_only.pt")
@@ -960,6 +961,7 @@ def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uni
     assert same_weights(uninterrupted / "last.pt", tmp_path / "given/last.pt")
 
 
+@exact
 def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, uninterrupted):
     """One run, killed by SIGKILL in each stage in turn, also while it writes labels."""
     arguments = ["scale_invariant.py", *FEW, "--save-every", 1, "--out", "cut"]
@@ -990,7 +992,7 @@ def test_real_formats_from_start_to_end(play, tmp_path, monkeypatch, source, cla
 
 def test_bad_input_is_one_line(tmp_path, start):
     message = run(tmp_path, "scale_invariant.py", *FEW, "--init", start, "--portion", 0.1, "--out", "none", ok=False)
-    assert "24 target images" in message and "0.792 or more" in message  # 19 / 24, rounded up
+    assert "12 target images" in message and "1.584 or more" in message  # 19 / 12, rounded up
     write_gta5(tmp_path)
     write_cityscapes(tmp_path)
     real = ["--source", "gta5", "--data-root", tmp_path, "--backbone", "resnet18", "--backbone-weights", "none", *FEW]
