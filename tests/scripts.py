@@ -21,8 +21,9 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 DEVICE = os.environ.get("DEVICE", "cpu")
-TINY = ["--device", DEVICE, "--size", "32x64", "--toy-images", "12", "--batch-size", "2", "--log-every",
-        "1"]  # one step takes a moment
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # inherited by every run
+TINY = ["--size", "32x64", "--toy-images", "12", "--batch-size", "2", "--log-every", "1"]  # one step takes a moment
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # inherited by every run
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 SERVER = multiprocessing.get_context("forkserver")
@@ -108,7 +109,7 @@ def trained_alike(begun, one, two, tolerance=0.3):
 
     Not the same place: under torchrun losses are means over each process's own pixels.
     """
-    a, b, c = (torch.load(path, weights_only=True)["model"] for path in (begun, one, two))
+    a, b, c = (load(path)["model"] for path in (begun, one, two))
     trained = [key for key in b if not torch.equal(a[key], b[key])]
     assert {key for key in b if key.endswith("weight") and b[key].ndim == 4} <= set(trained)  # every convolution
     for key in trained:
@@ -131,9 +132,14 @@ def logged(folder, stage, at_least=1):
 exact = pytest.mark.skipif(DEVICE == "cuda", reason="the same bit for bit on the CPU only")
 
 
+def load(path):
+    """The contents of a checkpoint, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def same_weights(one, other):
     """Whether two checkpoints hold the same network, to the bit."""
-    a, b = (torch.load(path, weights_only=True)["model"] for path in (one, other))
+    a, b = (load(path)["model"] for path in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

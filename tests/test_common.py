@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import run, texts
+from scripts import load, run, texts
 from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
 
 import common
@@ -793,7 +793,7 @@ def test_a_curve_that_cannot_be_drawn_does_not_stop_a_run(tmp_path, monkeypatch)
     curve.mkdir()  # so that nothing can be written there
     log.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     run.save("last.pt", 7, model)
-    assert torch.load(run.folder / "last.pt", weights_only=True)["step"] == 7
+    assert load(run.folder / "last.pt")["step"] == 7
 
     def refuse(*_):
         raise AssertionError("only process 0 draws")
@@ -882,6 +882,23 @@ def test_versions_without_git(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert "commit none" in common.versions("cpu") and "CPUs" in common.versions("cpu")
     assert common.versions("cuda").endswith("a GPU")
+
+
+@pytest.mark.parametrize("device, gpus, backend, taken", [
+    ("cpu", 0, "gloo", None), ("cpu", 8, "gloo", None), ("cuda", 2, "nccl", 1), ("cuda", 1, "gloo", 0)])
+def test_every_process_takes_a_gpu_and_several_may_share_one(monkeypatch, device, gpus, backend, taken):
+    """The second of two processes of a machine; NCCL asks for a GPU for each."""
+    did = {}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: did.update(taken=index))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda name: did.update(backend=name))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    common.start_processes(settings(device=device))
+    assert did == {"backend": backend, **({} if taken is None else {"taken": taken})}
+    assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
 def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch):

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from scripts import SPLITTABLE, TINY, exact, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
+                     trained_alike)
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -1070,10 +1071,6 @@ SGD = ["--optimizer", "sgd", "--lr", 0.01, "--head-scale", 3, "--prototype-scale
 
 
 METERS = {"prototype_cosine", "labels_rectified", "labels_fixed"}
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def weights(module):

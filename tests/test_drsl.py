@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import SPLITTABLE, TINY, exact, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
+                     trained_alike)
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -969,7 +970,7 @@ def test_stages_and_batch_norm(play, policy):
         assert differ(source, labelled_with[0]) >= STATISTICS - {"backbone.1.num_batches_tracked"}
     changed = differ(labelled_with[0], labelled_with[1]) & STATISTICS
     assert bool(changed) == (policy == "live")  # estimated before each labelling, or never again
-    saved = torch.load(play.folder / "run/last.pt", weights_only=True)
+    saved = load(play.folder / "run/last.pt")
     assert not differ(saved["model"], final) and saved["step"] == 4
 
 
@@ -1053,7 +1054,7 @@ def test_kmeans_places_the_modes_once_after_the_head_has_warmed_up(play, monkeyp
     assert (y != 255).all() and e.shape == (len(y), 64)
     torch.testing.assert_close(e.norm(dim=1), torch.ones(len(e)))
     assert torch.bincount(y).max() <= 12 * math.ceil(2000 / 12) and len(y) == 12 * 4 * 8  # here every pixel
-    saved = torch.load(play.folder / "run/modes.pt", weights_only=True)
+    saved = load(play.folder / "run/modes.pt")
     state = saved["optimizer"]["state"]
     assert min(s["step"].item() for s in state.values() if "step" in s) == 2  # R began anew: it has made 2 steps of 4
     assert len(entries(play("--head-iterations", 0, out="none"), "place_modes")) == 0
@@ -1160,7 +1161,7 @@ def test_meters(play):
 def test_stopped_before_any_step_and_resumed_the_run_ends_the_same(play, policy, every):
     flags = ["--batch-norm", policy, "--save-every", every, "--optimizer", "adamw"]
     play(*flags, out="whole")
-    saved = lambda name: torch.load(play.folder / name / "last.pt", weights_only=True)
+    saved = lambda name: load(play.folder / name / "last.pt")
     whole = saved("whole")
     for stop_at in range(0, 8, every):
         with pytest.raises(Stop):
@@ -1269,7 +1270,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     run(tmp_path, "drsl.py", *arguments, "--head-iterations", 0, "--out", "one")
     run_as_two(tmp_path, "drsl.py", *arguments, "--head-iterations", 0, "--out", "two")
     assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
-    heads = [torch.load(tmp_path / name / "last.pt", weights_only=True)["head"] for name in ("one", "two")]
+    heads = [load(tmp_path / name / "last.pt")["head"] for name in ("one", "two")]
     for key in heads[0]:
         assert F.cosine_similarity(heads[0][key].flatten(), heads[1][key].flatten(), dim=0) > 0.99, key
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]

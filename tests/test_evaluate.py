@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import DEVICE, PROJECT, TINY, result, run
+from scripts import DEVICE, PROJECT, TINY, load, result, run
 from trees import write_cityscapes, write_synthia
 
 import common
@@ -60,9 +60,9 @@ def test_other_worlds_and_splits(toy, tmp_path):
     """A checkpoint remembers its world; the train split is scored with labels that training never opened."""
     run(tmp_path, "source_only.py", *TINY, "--toy-world", 1, "--iterations", 2, "--out", "w")
     for split in ("val", "train"):
-        run(tmp_path, "evaluate.py", "w/last.pt", "--device", DEVICE, "--precision", "fp32", "--split", split, "--flip",
+        run(tmp_path, "evaluate.py", "w/last.pt", "--precision", "fp32", "--split", split, "--flip",
             "--json", f"{split}.json")
-    run(tmp_path, "evaluate.py", "w/last.pt", "--device", DEVICE, "--json", "plain.json")
+    run(tmp_path, "evaluate.py", "w/last.pt", "--json", "plain.json")
     tables = {name: json.loads((tmp_path / f"{name}.json").read_text())["w/last"] for name in ("val", "train", "plain")}
     assert tables["plain"]["iou"] == result(tmp_path / "w")["columns"]["source only"]["iou"]
     assert tables["train"]["iou"] != tables["val"]["iou"] != tables["plain"]["iou"]
@@ -108,7 +108,8 @@ def test_export_speaks_cityscapes(tmp_path):
         model, item["image"][None], (64, 128), argparse.Namespace(device="cpu", precision="fp32")
     ).argmax(1)[0]
     colours = np.array(Image.open(tmp_path / f"out/color/{names[0]}_pred_color.png"))
-    assert np.array_equal(colours, common.palette(common.SYNTHIA_16)[prediction.numpy()])
+    agreed = (colours == common.palette(common.SYNTHIA_16)[prediction.numpy()]).all(2).mean()
+    assert agreed == 1 if DEVICE == "cpu" else agreed > 0.99
 
 
 def test_several_checkpoints_export_into_folders_of_their_own(tmp_path):
@@ -131,7 +132,7 @@ def test_pictures_of_ones_own(toy, tmp_path):
     turned[0x0112] = 6  # the camera was held on its side
     Image.fromarray(pixels).save(tmp_path / "album/deep/turned.jpeg", exif=turned)
     (tmp_path / "album/notes.txt").write_text("no picture")
-    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album", "--device", DEVICE,
+    out = run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "holiday.jpg", "album",
               "--panel", "panel.png")
     assert "3 pictures" in out
     sizes = {"holiday": (133, 99), "street": (140, 100), "turned": (100, 140)}
@@ -151,7 +152,7 @@ def test_pictures_of_ones_own(toy, tmp_path):
     # The same scene as a validation picture gives what scoring it gives.
     item = common.ToyStreets("target", "val", (32, 64), images=12)[2]
     common.to_picture(item["image"]).save(tmp_path / "scene.png")
-    same = ["--device", DEVICE, "--precision", "fp32"]
+    same = ["--precision", "fp32"]
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--images", "scene.png", "--export", "one", *same)
     run(tmp_path, "evaluate.py", toy / "a/last.pt", "--export", "all", *same)
     one, scored = (
@@ -184,7 +185,7 @@ def test_the_official_evaluator_gives_our_numbers(tmp_path):
     model = real_checkpoint(tmp_path, "gta5")
     for branch in model.classifier:
         torch.nn.init.normal_(branch.weight, std=1.0)  # predictions of many classes
-    checkpoint = torch.load(tmp_path / "gta5.pt", weights_only=True)
+    checkpoint = load(tmp_path / "gta5.pt")
     torch.save({**checkpoint, "model": model.state_dict()}, tmp_path / "gta5.pt")
     run(tmp_path, "evaluate.py", "gta5.pt", "--data-root", tmp_path, *EXPORT)
     predictions = sorted(str(path) for path in (tmp_path / "out/labelIds").iterdir())
@@ -206,7 +207,7 @@ def test_bad_input_is_one_line(toy, tmp_path):
     assert "--data-root" in run(tmp_path, "evaluate.py", "synthia.pt", ok=False)
     assert "--panel" in run(tmp_path, "evaluate.py", "synthia.pt", toy / "a/last.pt", "--panel", "p.png", ok=False)
     assert "above 0" in run(tmp_path, "evaluate.py", "synthia.pt", "--scales", 0, ok=False)
-    saved = torch.load(toy / "a/last.pt", weights_only=True)
+    saved = load(toy / "a/last.pt")
     torch.save({**saved, "model": {key: value * float("nan") if value.is_floating_point() else value
                                    for key, value in saved["model"].items()}}, tmp_path / "nan.pt")
     assert "nan.pt: holds weights that are not finite" in run(tmp_path, "evaluate.py", "nan.pt", ok=False)
@@ -229,7 +230,7 @@ METHODS = {"scale_invariant": ["--rounds", 1, "--patches", 1, "--portion", 2], "
 def adapted(start, tmp_path_factory):
     """A folder with a tiny run of every method, all from one source-only model that predicts many classes."""
     folder = tmp_path_factory.mktemp("adapted")
-    checkpoint = torch.load(start, weights_only=True)
+    checkpoint = load(start)
     rng = torch.Generator().manual_seed(0)
     for key, value in checkpoint["model"].items():
         if key.startswith("classifier") and key.endswith("weight"):
@@ -269,7 +270,7 @@ def labels_of(picture):
 
 def test_every_method_has_a_figure_and_source_only_has_none(adapted, tmp_path):
     for method in METHODS:
-        out = run(tmp_path, "evaluate.py", adapted / method / "last.pt", "--idea", f"{method}.png", "--device", DEVICE)
+        out = run(tmp_path, "evaluate.py", adapted / method / "last.pt", "--idea", f"{method}.png")
         assert out == "" and 860 < Image.open(tmp_path / f"{method}.png").width <= 900
         assert (tmp_path / f"{method}.png").stat().st_size < 200_000
     wrong = run(tmp_path, "evaluate.py", adapted / "start.pt", "--idea", "p.png", ok=False)
@@ -287,8 +288,8 @@ def test_the_model_before_has_the_batch_norm_of_its_adaptation(adapted):
     """CPSL keeps its warm-up model, which is the source-only model with the batch norm settled."""
     path = adapted / "cpsl/last.pt"
     before = evaluate.model_before(path, common.read_checkpoint(path), argparse.Namespace(device="cpu")).state_dict()
-    warm = torch.load(adapted / "cpsl/warmup.pt", weights_only=True)["model"]
-    start = torch.load(adapted / "start.pt", weights_only=True)["model"]
+    warm = load(adapted / "cpsl/warmup.pt")["model"]
+    start = load(adapted / "start.pt")["model"]
     assert all(torch.equal(before[key], warm[key]) for key in warm if "num_batches" not in key)
     assert any(not torch.equal(before[key], start[key]) for key in start if "running_mean" in key)
     live = common.read_checkpoint(path)
@@ -342,7 +343,7 @@ def test_figure_of_lse(adapted, tmp_path, monkeypatch):
 def test_figure_of_cpsl(adapted, tmp_path, monkeypatch):
     """The bars are as high as the shares that the table of these checkpoints holds."""
     file, texts, _, _ = draw(adapted, tmp_path, monkeypatch, "cpsl")
-    run(tmp_path, "evaluate.py", adapted / "cpsl/warmup.pt", adapted / "cpsl/last.pt", "--device", DEVICE,
+    run(tmp_path, "evaluate.py", adapted / "cpsl/warmup.pt", adapted / "cpsl/last.pt",
         "--precision", "fp32", "--json", "t.json")
     warm, own = json.loads((tmp_path / "t.json").read_text()).values()
     for title, scores in (("warm-up", warm), ("CPSL", own)):
@@ -439,7 +440,7 @@ def test_figures_of_real_data(tmp_path):
     torch.manual_seed(0)
     head, statistics = drsl.ModeHead(model.feature_dim, 16, 5, 8), {"mean": torch.rand(16, model.feature_dim)}
     for method in METHODS:
-        saved = {**torch.load(tmp_path / "synthia.pt", weights_only=True), "method": method}
+        saved = {**load(tmp_path / "synthia.pt"), "method": method}
         for name in ("source_only", "last", "sdca"):
             common.write_json(folder / "args.json", {"source_size": [48, 80], "raw_statistics": False})
             torch.save({**saved, "head": head.state_dict(), "feat": statistics}, folder / f"{name}.pt")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import DEVICE, PROJECT, TINY, exact, result, run, same_weights
+from scripts import PROJECT, TINY, exact, result, run, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import WEIGHTS, link_streets, needs_streets
 
@@ -74,7 +74,7 @@ def test_real_photographs(tmp_path, method, flags):
         "run", *flags)
     scores = result(tmp_path / "run")
     assert sum(value is not None for value in scores["iou"].values()) >= 7 and scores["rare"] is None
-    run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--device", DEVICE, "--json", "table.json")
+    run(tmp_path, "evaluate.py", "run/last.pt", "--data-root", tmp_path, "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
     assert (
         table["miou"] == pytest.approx(scores["miou"]) and table["iou"] == scores["iou"]

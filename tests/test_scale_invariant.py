@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import SPLITTABLE, TINY, exact, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
+                     trained_alike)
 from torch import nn
 from trees import write_cityscapes, write_gta5, write_synthia
 
@@ -506,9 +507,8 @@ def test_each_term_comes_from_its_own_domain():
 # ------------------------------------------------- the wires of main --------------------------------------------------
 
 FEW = [*TINY, "--warmup-iterations", 2, "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 2]
-QUICK = [*TINY[:4], "--toy-images", 12, "--batch-size", 2, "--log-every", 1, "--precision", "fp32",
-         "--warmup-iterations", 1, "--rounds", 2, "--iterations", 4, "--patches", 2, "--portion", 4,
-         "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd", "--ramp", 2]
+QUICK = [*TINY, "--precision", "fp32", "--warmup-iterations", 1, "--rounds", 2, "--iterations", 4, "--patches", 2,
+         "--portion", 4, "--portion-step", 4, "--lr", 0.02, "--optimizer", "sgd", "--ramp", 2]
 
 
 class Trace(list):
@@ -594,7 +594,7 @@ def lines(folder, stage=None):
 
 
 def saved(folder, name):
-    return torch.load(folder / name, weights_only=True)
+    return load(folder / name)
 
 
 def round_state(folder, r):

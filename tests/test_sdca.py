@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import SPLITTABLE, TINY, exact, kill_when, logged, result, run, run_as_two, same_weights, trained_alike
+from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
+                     trained_alike)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import write_cityscapes, write_gta5, write_synthia
@@ -187,7 +188,7 @@ def test_statistics_are_detached_and_stored_exactly(tmp_path):
     assert not statistics.mean.requires_grad and not statistics.variance.requires_grad
     torch.save(statistics.state_dict(), tmp_path / "s.pt")
     again = ClassStatistics(C, D)
-    again.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+    again.load_state_dict(load(tmp_path / "s.pt"))
     assert_same(again, statistics, atol=0)
     for s in (again, statistics):
         s.update(*stream(seed=1)[2])
@@ -914,7 +915,7 @@ def test_main_steps_down_the_gradient_of_the_total_with_the_rates_of_the_schedul
     """The total's gradient was made one everywhere: SGD with momentum and weight decay then follows by hand."""
     folder, events = main_on_target
     steps = only(events, "step")
-    states = [step["before"] for step in steps] + [torch.load(folder / "sdca.pt", weights_only=True)["model"]]
+    states = [step["before"] for step in steps] + [load(folder / "sdca.pt")["model"]]
     velocity = {}
     for number, (before, after) in enumerate(zip(states, states[1:]), 1):
         rate = 0.01 * min(1, number / 2) * (1 - (number - 1) / (2 * 3))**0.7
@@ -929,7 +930,7 @@ def test_main_steps_down_the_gradient_of_the_total_with_the_rates_of_the_schedul
 
 def test_main_carries_the_statistics_from_step_to_step(main_on_target):
     folder, events = main_on_target
-    steps, saved = only(events, "step"), torch.load(folder / "sdca.pt", weights_only=True)
+    steps, saved = only(events, "step"), load(folder / "sdca.pt")
     valid = sum((common.grid_labels(step["y_s"], (5, 9)) != 255).sum().item() for step in steps)
     collected, = {line["pixels"] for line in log(folder, "statistics")}
     for level in ("feat", "out"):
@@ -943,7 +944,7 @@ def test_main_carries_the_statistics_from_step_to_step(main_on_target):
 def test_main_labels_the_target_with_the_adapted_model(main_on_target):
     """The PNGs are what sdca.pt's model predicts, in evaluation mode, above min(--theta, the class's median)."""
     folder, events = main_on_target
-    adapted = torch.load(folder / "sdca.pt", weights_only=True)["model"]
+    adapted = load(folder / "sdca.pt")["model"]
     assert same(only(events, "label")[0]["start"], adapted) and same(only(events, "optimizer")[1]["start"], adapted)
     args = only(events, "step")[0]["args"]
     model, dataset = common.load_model(folder / "sdca.pt", args), common.target_dataset(args, "train")
@@ -978,7 +979,7 @@ def test_ssl_is_plain_training_on_the_stored_labels(main_on_target):  # SDCA-11
         optimizer.zero_grad()
         F.cross_entropy(up, label, ignore_index=255).backward()
         optimizer.step()
-    saved = torch.load(folder / "last.pt", weights_only=True)["model"]
+    saved = load(folder / "last.pt")["model"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(saved[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -986,11 +987,11 @@ def test_ssl_is_plain_training_on_the_stored_labels(main_on_target):  # SDCA-11
 def test_main_compares_the_models_it_names(main_on_target, start):
     folder, events = main_on_target
     compared, = only(events, "compare")
-    saved = {name: torch.load(folder / name, weights_only=True)["model"] for name in ("sdca.pt", "last.pt")}
+    saved = {name: load(folder / name)["model"] for name in ("sdca.pt", "last.pt")}
     assert list(compared["models"]) == ["SDCA, no SSL", "SDCA"]
     assert same(compared["models"]["SDCA, no SSL"], saved["sdca.pt"])
     assert same(compared["models"]["SDCA"], saved["last.pt"]) and not same(saved["sdca.pt"], saved["last.pt"])
-    assert same(compared["source"], torch.load(start, weights_only=True)["model"])
+    assert same(compared["source"], load(start)["model"])
     meters = compared["meters"]
     assert set(meters) == {f"{which}_{level}_{when}" for which in ("own", "other") for level in ("feat", "out")
                            for when in ("before", "after")}
@@ -1004,7 +1005,7 @@ def test_main_with_live_batch_norm(tmp_path, start):
     assert done == ["optimizer", "collect", "settle", "cosines", "step", "step", "step", "settle", "cosines", "label",
                     "optimizer", "settle", "compare"]
     collect, first = only(events, "collect")[0], only(events, "step")[0]["before"]
-    assert same(collect["start"], torch.load(start, weights_only=True)["model"]) and collect["live"] > 0
+    assert same(collect["start"], load(start)["model"]) and collect["live"] > 0
     assert not torch.equal(first["backbone.1.running_mean"], collect["start"]["backbone.1.running_mean"])
     assert only(events, "optimizer")[1]["live"] > 0 and all(f["training"] for f in only(events, "forward"))
 
@@ -1013,7 +1014,7 @@ def test_main_with_frozen_batch_norm_and_without_ssl(tmp_path, start):
     events = watched(tmp_path / "run", start, "--batch-norm", "frozen", "--no-ssl", *SGD)
     assert order(events, "settle", "optimizer", "collect", "step", "label", "compare") == [
         "settle", "optimizer", "collect", "settle", "step", "step", "step", "settle", "compare"]
-    begun, end = torch.load(start, weights_only=True)["model"], torch.load(tmp_path / "run/last.pt", weights_only=True)
+    begun, end = load(start)["model"], load(tmp_path / "run/last.pt")
     assert all(torch.equal(end["model"][key], begun[key]) for key in begun if "running" in key)
     compared, = only(events, "compare")
     assert list(compared["models"]) == ["SDCA"] and same(compared["models"]["SDCA"], end["model"])
@@ -1030,13 +1031,13 @@ def test_main_warms_up_with_the_loss_of_the_source(tmp_path):
     logits, label = randn(1, 16, 5, 9).float(), labels(32 * 64, classes=16).view(1, 32, 64)
     assert torch.equal(warm_up["criterion"](logits, label), source_loss(logits, label, 0.4))
     first = only(events, "step")[0]["before"]  # weights and affine part go on from the warm-up
-    begun = torch.load(tmp_path / "run/source_only.pt", weights_only=True)["model"]
+    begun = load(tmp_path / "run/source_only.pt")["model"]
     assert all(torch.equal(first[key], begun[key]) for key in begun if "running" not in key and "tracked" not in key)
 
 
 def test_ssl_from_scratch_starts_from_the_backbones_weights(tmp_path, start):
     events = watched(tmp_path / "run", start, "--batch-norm", "target", "--from-scratch-ssl", "--ssl-iterations", 0)
-    adapted, new = (torch.load(tmp_path / "run" / name, weights_only=True)["model"] for name in ("sdca.pt", "last.pt"))
+    adapted, new = (load(tmp_path / "run" / name)["model"] for name in ("sdca.pt", "last.pt"))
     torch.manual_seed(common.mix_seed(0, 8))
     fresh = common.DeepLabV2(16, "resnet14").state_dict()
     trained = [key for key in fresh if "running" not in key and "tracked" not in key]
@@ -1117,7 +1118,7 @@ def whole(tmp_path_factory):
 
 def same_training(one, other, name="sdca.pt"):
     """Whether two checkpoints hold the same network and the same class statistics, to the bit."""
-    a, b = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+    a, b = (load(folder / name) for folder in (one, other))
     return same_weights(one / name, other / name) and all(
         torch.equal(a[level][key], b[level][key]) for level in ("feat", "out") for key in ("mean", "variance", "count"))
 
@@ -1133,7 +1134,7 @@ def test_one_command_runs_all_stages(whole):
     passes = log(folder, "statistics")
     assert [line["level"] for line in passes] == ["feat", "out"]
     assert 0.5 * grid < passes[0]["pixels"] == passes[1]["pixels"] <= grid
-    saved = torch.load(folder / "sdca.pt", weights_only=True)
+    saved = load(folder / "sdca.pt")
     assert saved["feat"]["mean"].shape == (16, 256) and saved["out"]["variance"].shape == (16, 16)
     assert saved["step"] == 3
     weight = json.loads((folder / "args.json").read_text())["lambda_feat"]
@@ -1201,7 +1202,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     run(tmp_path, "sdca.py", *arguments, "--out", "one")
     run_as_two(tmp_path, "sdca.py", *arguments, "--out", "two")
     assert trained_alike(start, tmp_path / "one/sdca.pt", tmp_path / "two/sdca.pt")
-    first = [torch.load(tmp_path / name / "sdca.pt", weights_only=True) for name in ("one", "two")]
+    first = [load(tmp_path / name / "sdca.pt") for name in ("one", "two")]
     for level in ("feat", "out"):
         one, two = (saved[level] for saved in first)
         assert torch.equal(one["count"], two["count"])

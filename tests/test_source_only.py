@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from scripts import (DEVICE, TINY, command, exact, kill_when, logged, result, run, same_weights, start_two, texts,
+from scripts import (TINY, command, exact, kill_when, load, logged, result, run, same_weights, start_two, texts,
                      trained_alike)
 from scripts import start as begin
 from trees import write_cityscapes, write_gta5, write_synthia
@@ -90,7 +90,7 @@ def test_training_is_in_training_mode_and_batch_norm_settles_nothing(tmp_path, m
     )
     still = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert not still  # every weight and every statistic moves
-    assert torch.load(tmp_path / "run/x.pt", weights_only=True)["step"] == 2
+    assert load(tmp_path / "run/x.pt")["step"] == 2
 
 
 def test_run_folder(tmp_path):
@@ -121,8 +121,8 @@ def test_a_half_line_in_the_log_does_not_outlive_a_resume(tmp_path):
     run(tmp_path, *arguments, "--resume")
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == ["1/4", "2/4", "3/4"]
     run(tmp_path, "source_only.py", *TINY, "--oracle", "--iterations", 1, "--out", "oracle")
-    assert torch.load(tmp_path / "oracle/last.pt", weights_only=True)["method"] == "oracle"
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["method"] == "source_only"
+    assert load(tmp_path / "oracle/last.pt")["method"] == "oracle"
+    assert load(tmp_path / "run/last.pt")["method"] == "source_only"
 
 
 @exact
@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
         tmp_path, lambda: logged(tmp_path / "run", "source", 3), *arguments, with_signal=signal.SIGINT
     )
     assert code == 1 and "--resume" in errors and "Traceback" not in errors
-    assert 3 <= torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] < 500
+    assert 3 <= load(tmp_path / "run/last.pt")["step"] < 500
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
@@ -159,7 +159,7 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
     )
     assert re.search(r"(source step \d+|last.pt): .*not finite", message)  # whichever the first step breaks
     saved = (
-        torch.load(tmp_path / "run/last.pt", weights_only=True)["model"] if (tmp_path / "run/last.pt").exists() else {}
+        load(tmp_path / "run/last.pt")["model"] if (tmp_path / "run/last.pt").exists() else {}
     )
     assert all(torch.isfinite(value).all() for value in saved.values())
 
@@ -211,7 +211,7 @@ def test_networks_without_batch_norm(tmp_path, backbone):
     run(tmp_path, "source_only.py", *TINY, "--toy-images", 4, "--backbone", backbone, "--optimizer", "sgd",
         "--iterations", 1, "--out", "run")
     assert list(result(tmp_path / "run")["columns"]) == ["source only"]
-    run(tmp_path, "evaluate.py", "run/last.pt", "--device", DEVICE, "--json", "table.json")
+    run(tmp_path, "evaluate.py", "run/last.pt", "--json", "table.json")
     table = json.loads((tmp_path / "table.json").read_text())["run/last"]
     assert table["miou"] == pytest.approx(result(tmp_path / "run")["miou"])
 
@@ -300,7 +300,7 @@ def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
 
     run(tmp_path, "source_only.py", *TINY, "--oracle", "--iterations", 1, "--out", "oracle")
     assert "a checkpoint of oracle" in refused("oracle/last.pt")
-    saved = torch.load(start, weights_only=True)
+    saved = load(start)
     torch.save({**saved, "method": "cpsl"}, tmp_path / "cpsl.pt")
     assert "a checkpoint of cpsl" in refused("cpsl.pt")
     torch.save({**saved, "step": saved["step"] - 1}, tmp_path / "half.pt")
