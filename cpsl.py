@@ -484,13 +484,13 @@ def prototype_loss(features_e, y, head, self_labeling, bank, args, generator):
     return self_labeling(z, q, args.temperature)
 
 
-def step_losses(network, self_labeling, frozen, head, bank, source, x_t, args, step):
+def step_losses(network, self_labeling, labellers, head, bank, source, x_t, args, step):
     """CPSL-11 and its terms: {"loss", "ce_s", "sce_t"} and, with rectification, "sl", perhaps "cons", and "changed".
 
-    network, self_labeling: what learns, as training calls it; frozen: the warm-up model, the momentum network and the
-    momentum head. source: (image, label). "changed": the share of pixels whose label the rectification changed.
+    network, self_labeling: what learns, as training calls it; labellers: the warm-up model, the momentum network and
+    the momentum head. source: (image, label). "changed": the share of pixels whose label the rectification changed.
     """
-    warm, teacher, teacher_head = frozen
+    warm, teacher, teacher_head = labellers
     y_t, fixed, features_e = target_labels(x_t, warm, teacher, teacher_head, args)
     with common.autocast(args):
         (_, logits_s), (_, logits_t) = network(source[0]), network(x_t)  # (N, K, h, w)
@@ -521,7 +521,7 @@ def make_optimizer_with_prototypes(model, head, args):
 
 
 @torch.no_grad()
-def measure_labels(frozen, head, args):
+def measure_labels(labellers, head, args):
     """Meters: how far the prototypes moved, and on the toy the mIoU of the labels before and after rectification.
 
     The labels are those of the target train images; the truth is looked at here and used nowhere.
@@ -529,10 +529,10 @@ def measure_labels(frozen, head, args):
     meters = {"prototype_cosine": F.cosine_similarity(head.prototypes, head.start, dim=1).mean().item()}
     if args.source == "toy":
         metrics = {name: common.MeanIoU(len(head.marginal)) for name in ("labels_rectified", "labels_fixed")}
-        for module in frozen:
+        for module in labellers:
             module.eval()
         for batch in common.evaluation_batches(common.target_dataset(args, "train", labelled=True), args):
-            for metric, label in zip(metrics.values(), target_labels(batch["image"], *frozen, args)):
+            for metric, label in zip(metrics.values(), target_labels(batch["image"], *labellers, args)):
                 metric.update(label.cpu(), batch["label"])
         rare = [i for i, name in enumerate(common.task_classes(args.source)) if name in common.RARE]
         for name, metric in metrics.items():
@@ -671,7 +671,7 @@ def main():
         run.save("warmup.pt", 1, warm, head=head)
     # Neither copy is given to the optimizer. The network's keeps requires_grad, without which a batch norm is frozen.
     teacher, teacher_head = copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
-    bank, frozen = MemoryBank(args.bank, model.feature_dim, args.device), (warm, teacher, teacher_head)
+    bank, labellers = MemoryBank(args.bank, model.feature_dim, args.device), (warm, teacher, teacher_head)
 
     # Step 3: self-training. The last stage of the run writes last.pt.
     files = [f"stage{k}.pt" for k in range(1, args.distill + 1)] + ["last.pt"]
@@ -685,7 +685,7 @@ def main():
     teacher.train()
     for done, batch_s, (x_t, _) in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
         set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
-        terms = step_losses(network, self_labeling, frozen, head, bank, batch_s, x_t, args, done)
+        terms = step_losses(network, self_labeling, labellers, head, bank, batch_s, x_t, args, done)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -700,7 +700,7 @@ def main():
     common.settle_batch_norm(model, views, args)
     run.save(files[0], done, model, **parts)
     common.settle_batch_norm(teacher, views, args)
-    meters = measure_labels(frozen, head, args) if args.rectify else {}
+    meters = measure_labels(labellers, head, args) if args.rectify else {}
 
     # Step 4: distillation.
     for stage, file in enumerate(files[1:], 2):

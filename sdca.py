@@ -44,6 +44,7 @@ Notation
     M_k, V_k, n_k   mean, variance per dimension and number of the *source* pixels of class k, over raw r
     mu_k   M_k / |M_k|      sigma_k  V_k / |V_k|: each row of the statistics has unit length in the loss [C]
     tau temperature   delta, theta_k confidence thresholds   J_k Jaccard index of class k   P softmax probabilities
+    f'     f as a row      Sigma_k  covariance, diag(sigma_k)   up  upsampled to the label's size   e_(i)  i-th largest
 
 Equations
 ---------
