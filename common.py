@@ -1010,7 +1010,7 @@ def png_file(text):
 
 
 def default_precision():
-    """bf16 on a CPU with bf16 instructions (see the README for what that gains), fp32 elsewhere."""
+    """bf16 on a CPU with bf16 instructions, fp32 elsewhere."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16" if fast and not torch.cuda.is_available() else "fp32"
@@ -1045,7 +1045,7 @@ def shared_parser(doc, adapts=False):
     add = parser.add_argument
     add_data_flags(parser)
     add("--preset", choices=("small",),
-        help="small: for gta5 and synthia, an evening on one small GPU (not measured yet); None: the papers' settings")
+        help="small: for gta5 and synthia, an evening on one small GPU (computed, not measured); None: full size")
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
     add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101", small="resnet50"),

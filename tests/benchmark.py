@@ -423,7 +423,7 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
 
 # What a run costs, computed on the device "meta": tensors there have shapes and no values, so it takes no GPU, no data.
 
-PRESETS = {"the papers' settings": (), "the small preset": ("--preset", "small")}
+PRESETS = {"full size": (), "the small preset": ("--preset", "small")}
 SHARE = 0.35  # of the peaks below, for all of a training; a guess
 # Published peaks of dense matrix products in TFLOP/s, for fp32 and bf16. For fp32 those of TF32, which torch's
 # convolutions take unless forbidden: on the two GeForces as fast as fp32 itself, on the A100 8 times (19.5). For bf16

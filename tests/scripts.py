@@ -40,6 +40,7 @@ def execute(folder, arguments, environment):
     os.environ.update(environment)
     if "RANK" in environment:
         torch.set_num_threads(1)  # as torchrun does
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's fp32 is that of a CPU
     for stream, name in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     sys.argv, sys.path[0] = arguments, str(PROJECT)

@@ -103,7 +103,7 @@ def run_plan(monkeypatch, capsys, *flags):
 
 
 def test_the_plan_has_a_row_for_every_script(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "PRESETS", {"the papers' settings": ()})
+    monkeypatch.setattr(benchmark, "PRESETS", {"full size": ()})
     text = run_plan(monkeypatch, capsys)
     assert text.startswith("Computed, not measured")
     assert "scale_invariant: warm-up 60000, rounds up to 41040\n" in text  # 5130 images, 4 patches, twice, one by one
