@@ -109,10 +109,10 @@ abstract), alignment that moves only one domain, focal loss, SoftTriple, Magnet.
 
 Under torchrun each process balances and aligns the pixels of its own images.
 
-Expect on the toy (mean of seeds 0, 1, 2; fp32): source only 32.6, with re-estimated batch norm 32.9, plain
-self-training 36.7, DRSL 37.0 mIoU (--modes 1: 37.4), recall on rare looks 33.3, 34.1, 39.6, 40.5 (40.5) %; 7 minutes on
-one thread of an AVX2 core, 0.9 GB. So aligning pays, and several modes do not: on this toy they are parts of things
-that both domains share (evaluate.py --idea shows them), not looks.
+Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, plain self-training
+36.4, DRSL 36.9 mIoU (--modes 1: 37.0), recall on rare looks 33.4, 34.2, 39.9, 40.8 (40.7) %; 7 minutes on one thread of
+an AVX2 core, 0.9 GB. So aligning pays, and several modes hardly do: on this toy they are mostly parts of things that
+both domains share (evaluate.py --idea shows them), not looks.
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain self-training, with as many joint steps

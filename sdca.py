@@ -128,8 +128,8 @@ lambda_feat, lambda_out       1, 1                                  the same    
 With --raw-statistics f is normalised first, and M and V of f are used as they are (as in the authors' later SePiCo):
 then the Gaussians are the data's own; normalised variances keep a class's profile but lose how wide it is [D].
 
-Expect on the toy (mean of seeds 0, 1, 2; fp32): source only 32.6, with re-estimated batch norm 32.9, SDCA 35.4 mIoU and
-17.0 of the rare classes (idea off 35.2, 16.2), before the SSL 35.4 (35.5); own and nearest other cosine of features
+Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, SDCA 35.3 mIoU and
+16.7 of the rare classes (idea off 35.0, 15.8), before the SSL 35.5 (35.7); own and nearest other cosine of features
 0.68 and 0.64 before, 0.71 and 0.60 after (idea off 0.67, 0.64); 5 minutes on one thread of an AVX2 core, 0.9 GB.
 
     python sdca.py                                              # toy world: all stages, table, picture
