@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import read_checkpoint as load
+
 PROJECT = Path(__file__).parent.parent
 DEVICE = os.environ.get("DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -131,11 +133,6 @@ def logged(folder, stage, at_least=1):
 
 
 exact = pytest.mark.skipif(DEVICE == "cuda", reason="the same bit for bit on the CPU only")
-
-
-def load(path):
-    """The contents of a checkpoint, on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def same_weights(one, other):

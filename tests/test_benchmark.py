@@ -128,6 +128,27 @@ def test_plan_of_one_script_with_its_flags(monkeypatch, capsys):
     assert text.count("\ncpsl ") == len(benchmark.PRESETS) == 2
 
 
+def test_what_a_gpu_measured_stands_beside_the_plan(monkeypatch, capsys):
+    """A row per script: milliseconds, then GiB, each in fp32 and bf16, of the script's own step."""
+    asked = []
+
+    def measured(form, args, target_size, precision):
+        asked.append((form, args.backbone, target_size))
+        return (10, 2) if precision == "fp32" else (5, 1)
+
+    monkeypatch.setattr(benchmark, "measured_cost", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "toaster")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(benchmark, "PRESETS", {"full size": ()})
+    text = run_plan(monkeypatch, capsys, "sdca", "cpsl", "--measure")
+    assert "this toaster" in text and torch.backends.cudnn.benchmark
+    assert [line.split() for line in text.splitlines()[-2:]] == [
+        [name, "10.0", "5.0", "2.0", "1.0"] for name in ("sdca", "cpsl")]
+    assert asked == [(form, "resnet14", (512, 1024)) for form in (benchmark.sdca_step, benchmark.cpsl_step)
+                     for _ in ("fp32", "bf16")]
+
+
 def test_help_explains_the_plan_and_foreign_flags_are_refused_without_it(monkeypatch, capsys):
     for flag, said in (("--help", "measure nothing, but compute"), ("--batch-size", "without --plan: --batch-size"),
                        ("--measure", "--measure needs --plan and a GPU")):

@@ -158,9 +158,7 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
         tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False
     )
     assert re.search(r"(source step \d+|last.pt): .*not finite", message)  # whichever the first step breaks
-    saved = (
-        load(tmp_path / "run/last.pt")["model"] if (tmp_path / "run/last.pt").exists() else {}
-    )
+    saved = load(tmp_path / "run/last.pt")["model"] if (tmp_path / "run/last.pt").exists() else {}
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
