@@ -125,8 +125,8 @@ def open_image(path, what="image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-        raise InputError(f"{path}: cannot read this {what} ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow has its own mind
+        raise InputError(f"{path}: cannot read this {what} ({one_line(error)})") from error
 
 
 def read_image(path):
@@ -156,8 +156,8 @@ def read_synthia_label(path):
         codec, box, offset, _ = image.tile[0]
         image.tile = [(codec, box, offset, "RGB;16L")]
         return np.array(image)[:, :, 0]  # (H, W, 3) -> (H, W)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot read this label ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot read this label ({one_line(error)})") from error
 
 
 def find_folder(root, relative):
@@ -1203,9 +1203,9 @@ class Run:
                 lines.append(json.loads(text))
                 lines[-1]["seconds"]
             except (ValueError, TypeError, KeyError) as error:
-                if number == len(texts):
-                    return lines[:number - 1]
-                raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
+                if number < len(texts):
+                    raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
+                return lines[:number - 1]
         return lines
 
     def validate(self, stage, step, steps, model, views):
@@ -1279,14 +1279,20 @@ class Run:
 
 
 def check_data(args):
-    """Opens the folders of source and target, so that what is missing is said before any training; `scorable`."""
-    source_dataset(args)
-    target_dataset(args, "train")
-    if scorable(args):
-        target_dataset(args, "val")
-    elif getattr(args, "val_every", 0):
+    """Opens source and target and reads a few files of each, so that what is wrong is said before any training.
+
+    Returns `scorable`.
+    """
+    source, labelled = source_dataset(args), scorable(args)
+    if getattr(args, "val_every", 0) and not labelled:
         raise InputError("--val-every: the target has no validation labels (cityscapes/gtFine/val)")
-    return scorable(args)
+    if args.source != "toy":
+        if all((item["label"] == IGNORE).all() for item in some(source, 8)):
+            raise InputError(f"{source.labels[0]}: neither here nor in seven others does a pixel belong to a class; "
+                             f"look at the ids with python common.py --source {args.source} --data-root DIR")
+        for split in ("train", "val")[:1 + labelled]:
+            target_dataset(args, split)[0]
+    return labelled
 
 
 def peak_memory():

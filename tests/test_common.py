@@ -219,6 +219,8 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
     assert "no image found" in message(lambda: Synthia(tmp_path))
     (tmp_path / "cityscapes/leftImg8bit/train/x").mkdir(parents=True)
     assert "no image found" in message(lambda: Cityscapes(tmp_path, "train"))
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    assert "bomb.png" in message(lambda: common.read_image(tmp_path / "bomb.png"))
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
     assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
     Image.fromarray(np.full((4, 4), 1792, np.uint16)).save(tmp_path / "deep.png")  # its low byte is 0: road
@@ -345,6 +347,18 @@ class Void(torch.utils.data.Dataset):
         label = torch.full((8, 8), 255)
         label[0, 0] = 255 if index < 150 else 3
         return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "label": label}
+
+
+def test_labels_without_a_class_stop_a_run_before_it_starts(tmp_path):
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    args = settings(source="gta5", data_root=tmp_path, out=str(tmp_path / "run"))
+    assert common.check_data(args)
+    for path in (tmp_path / "GTA5/labels").iterdir():
+        write_palette(path, blocks([58, 76, 107], (48, 80), np.random.default_rng(1)))  # grey tones
+    with pytest.raises(InputError, match="00001.png: neither here nor in seven others does a pixel belong to a class"):
+        common.Run("drsl", args)
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_without_any_label_stops_after_a_hundred_steps(monkeypatch):
