@@ -9,7 +9,7 @@ were available. Labels such as DRSL-6 are this project's own, the paper's equati
 the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [F] field convention (CRST, AdaptSegNet, DeepLab)        [I] inferred for this reconstruction
+    [F] field convention (AdaptSegNet, DeepLab, CRST: below) [I] inferred for this reconstruction
     [U] unknown: a choice of ours
 
 The idea in five sentences [P]
@@ -57,8 +57,7 @@ Equations
     DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             a_j, b_j: random pixels of the mode, with replacement; m_i tells a source pixel's mode, DRSL-19 a
-             target pixel's
+             a_j, b_j: random pixels of the mode, with replacement; a source pixel's mode is m_i, a target's DRSL-19
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
     DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top;
              1 if that number is 0                                                                     CBST  [F]
@@ -70,8 +69,8 @@ Equations
     DRSL-19  the mode to which any target pixel maps: argmin_{c,k} d2_ck                      --align-over all [U]
     DRSL-20  effective modes of class c = exp(-sum_k s_ck log s_ck), s_ck: share of mode k in c's pixels   (a meter)
 
-The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named at the end of this
-file. No gradient flows through m, q and pseudo-labels.
+The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named above parse_args. No
+gradient flows through m, q and pseudo-labels.
 
 Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
 after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from. DRSL-17 is
@@ -82,7 +81,7 @@ The algorithm                                                             paper'
 -------------                                                             --------------------------
 1. Source-only training [F], or --init.                                   train_source
 2. Mode warm-up on source [I]: for --head-iterations the head learns      train_modes
-   and the network stands still, then K-means on the sphere sets R.       kmeans_modes
+   and the network stands still, then K-means per class sets R.           kmeans_modes
 3. --iterations steps of the network, as many as with --plain: first      step_losses
    --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
    then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
@@ -97,8 +96,8 @@ The algorithm                                                             paper'
      stochastic mode alignment, DRSL-9A                                   stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-What changes the method where the sources are silent or differ (all else stands at the end of this file)
---------------------------------------------------------------------------------------------------------
+What changes the method where the sources are silent or differ (all else stands above parse_args)
+-------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
 2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image.
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
@@ -108,8 +107,7 @@ What changes the method where the sources are silent or differ (all else stands 
    the variation inside a class), and the abstract's margins over others, 2.3 and 2.5 mIoU on SYNTHIA, never tried here.
 
     setting                        RepMet or CRST      here
-    sigma                          0.5                 0.3, because L_mmce cannot fall below 0.67 with 0.5 (0.0008 with
-                                                       0.3; C = 19, K = 3, orthogonal modes)
+    sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
     K, E                           5, 256              3, 256 (toy 64)
     scale of the training images   0.5 to 1.5          1 to 1.5, colour jitter (toy: no scaling)
     lambda_mm, lambda_sma, M       no counterpart      0.3, 1, 64
