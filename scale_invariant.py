@@ -23,8 +23,8 @@ The idea in five sentences
 The idea is in the labels and not in the losses: `step_losses` knows nothing of scale. Read `label_target` first.
 
 Why the best image not kept? It stands just outside the images that are trusted for the class. A pixel of a trusted
-image becomes a label only if it is more certain than the average pixel of that first image which is not trusted. As the
-portion grows, the border moves down the list, and the threshold with it. (Our reading [U]: the code gives no reason.)
+image becomes a label only if its normalised entropy is below the mean of that first image which is not trusted. As the
+portion grows, this border moves down the list, and the threshold follows. (Our reading [U]: the code gives no reason.)
 
 The abstract's premise is that enlarged patches have high entropy [P]. Here it hardly holds: on the toy the network is
 about as certain of the enlarged window as of the whole image, and wrong. Entropy cannot see that. The cross-entropy
@@ -32,8 +32,8 @@ between the two views can, and both are measured (see "meters (ours)").
 
 Notation
 --------
-    M target images    C classes (index c)    H x W image    a x b window, half of each side    i, j pixels
-    patch    a window enlarged to H x W            n_p     patches per selected image
+    M target images    C classes (index c)    H x W image    h x w grid of the network    i, j pixels
+    window   part of an image, a x b pixels        patch   a window enlarged to H x W; n_p of them per selected image
     P_i      softmax at pixel i of the whole image, by the network that labels; y_i = argmax P_i, q_i = max P_i
     E_i      entropy of P_i in nats                E^_i    the same, normalised inside the class y_i (LSE-7)
     s_c      confidence of an image in class c     u_c     mean E^_i of an image's pixels with y_i = c
@@ -84,12 +84,12 @@ Deviations that change the method (the others stand at the end of this file)
    Here: DeepLabV2 with four branches, as in all files; --network fcn8s is the authors' other one.
 2. Classes of SYNTHIA. Authors: 19 outputs; terrain, truck and train are never filtered, so nearly all their pixels
    become labels. Here: 16 outputs.
-3. Focal loss. Authors: per pixel for VGG; for DeepLab they take LSE-3 of a patch's mean cross-entropy, which weighs no
-   pixel. Here: per pixel for both. (Their `--focal-loss False` leaves the loss on; --no-focal takes it away.)
+3. Focal loss. Authors: per pixel for VGG; for DeepLab LSE-3 of a patch's mean cross-entropy, which treats all pixels
+   alike. Here: per pixel for both. (Their `--focal-loss False` leaves the loss on; --no-focal takes it away.)
 4. Mask of kept pixels. Authors: enlarged bilinearly, kept where not exactly 0. So it grows: a single pixel becomes 16.
    Here: nearest neighbour, a single pixel becomes 4. --mask-mode dilate is the authors' form.
-5. A class with one entropy in an image. Authors: 0/0; a comparison with NaN keeps the pixel, and if it is in x*_c the
-   whole class. Here: E^ = 0, and t_c comes from the next image of the list that has one, else nothing of c is kept.
+5. A class with a single entropy in an image. Authors: 0/0, and comparisons with NaN keep the pixel; in x*_c, the whole
+   class. Here: E^ = 0, and t_c comes from the next image of the list that defines one; without any, c gives no label.
 
 Published, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16 and 13 classes: 40.0 and 47.0
 (VGG16), 42.6 and 49.4 (ResNet-101; see deviation 11). Nobody has run this file on them.
@@ -416,16 +416,15 @@ def start_round(model, args, folder, r):
 
 
 class Views(Dataset):
-    """Target training images as the network is trained on them: the windows of `view_examples`, each enlarged to --size.
+    """Target training images as the network is trained on them: `view_examples`, each enlarged to --size.
 
     folder: where their labels were written; without it they have none, which is enough for batch norm.
     """
 
     def __init__(self, args, examples, folder=None):
         self.images, self.examples, self.folder = common.target_dataset(args, "train"), examples, folder
-        self.size = args.size
-        mirror = argparse.Namespace(size=args.size, crop=args.size, scale_jitter=(1, 1))
-        self.augment = common.training_augment(mirror) if args.augment else None
+        self.size, uncropped = args.size, argparse.Namespace(size=args.size, crop=args.size, scale_jitter=(1, 1))
+        self.augment = common.training_augment(uncropped) if args.augment else None  # a flip
 
     def __len__(self):
         return len(self.examples)
@@ -445,13 +444,13 @@ class Views(Dataset):
 class FCN8s(nn.Module):
     """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
 
-    `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
-    these logits have the size of the input. Features are fc7. fc6 and fc7 take over the weights of VGG's classifier.
+    `forward(images (N, 3, H, W))` returns fc7 and logits (N, C, H, W): unlike DeepLabV2's, of the size of the input.
+    fc6 and fc7 take over the weights of VGG's classifier.
 
     Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its
     VGG sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with
-    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here. (Not measured on
-    real data.)
+    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here, which nobody has
+    measured on real data.
     """
 
     def __init__(self, num_classes, backbone="vgg16", weights="none"):
@@ -489,7 +488,7 @@ class FCN8s(nn.Module):
             score = self.upsampling[1](score)  # stride 8
             score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
             logits = self.upsampling[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
-        return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
+        return fc7, logits
 
 
 def bilinear_upsampling(channels, factor):
@@ -552,8 +551,10 @@ def compare_views(model, dataset, corners, args):
 
 
 def validation_views(model, run, args):
-    """`compare_views` on the target's validation images, cut into their 2 x 2 half-size windows."""
-    dataset, (a, b) = common.target_dataset(args, "val", labelled=run.scorable), half(args.size)
+    """`compare_views` on the target's validation images, cut into 2 x 2 half-size windows; nothing without labels."""
+    if not run.scorable:
+        return {}
+    dataset, (a, b) = common.target_dataset(args, "val", labelled=True), half(args.size)
     quarters = torch.tensor([(0, 0), (0, b), (a, 0), (a, b)])  # (4, 2)
     return compare_views(model, dataset, quarters.expand(len(dataset), 4, 2), args)
 
@@ -666,28 +667,28 @@ if __name__ == "__main__":
 
 
 # ================================================ further deviations ================================================
-#  6. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, which is why FCN8s has other factors.
-#     The authors' ResNet strides in its 1x1 convolutions, torchvision's in its 3x3.
-#  7. A class that is predicted nowhere. Authors: the program ends in an error. Here: it selects nothing.
+#  6. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
+#     ResNet strides in its 1x1 convolutions, torchvision's in its 3x3.
+#  7. Empty cases. A class that is predicted nowhere ends the authors' program with an error; here it selects nothing.
+#     A patch without a kept pixel has a loss of NaN there, of zero here.
 #  8. List of selected images. Authors: from the second round on it is walked shuffled and with repeats, so that about
 #     35 % of T_r are lost, and one image too many is cut. Here: each image of T_r has exactly n_p patches.
-#  9. Patches without a kept pixel. Authors: NaN. Here: a loss of zero.
-# 10. Batch norm. Authors: affine part frozen, statistics move with every batch of one image, source and patches mixed.
-#     Here: --batch-norm, none of whose values is that. Statistics for labelling and evaluation come from up to 400 views
-#     of the kind on which the network is trained, drawn from all target images.
-# 11. Rate of DeepLab. Authors: the optimizer lists a body weight about three times and a head weight once, and moves
-#     each as often in every step. Here: each weight once. To move weights as far as theirs, give about
-#     --batch-size 1 --lr 3.1e-6 --head-lr 3.3. One SYNTHIA log [N] has a rate of 1e-12, with which no weight moves, and
-#     the scores of the published ResNet-101 row: these are the scores of its start, whose making is unknown.
+#  9. Batch norm. Authors: affine part frozen, statistics move with every image, source and patches mixed. Here:
+#     --batch-norm, none of whose values is that. Statistics for labelling and evaluation come from up to 400 views of
+#     the kind on which the network is trained, drawn from all target images.
+# 10. Optimizer of DeepLab. Authors: it lists a body weight about three times and a head weight once, and moves each as
+#     often in every step. Here: each once. To move weights as far, give about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
+# 11. The published ResNet-101 row of SYNTHIA. A log [N] with just these scores has a rate of 1e-12, with which no
+#     weight moves: they are the scores of its start, whose making is unknown.
 # 12. Rate over time. Authors: constant for VGG, poly in each round for DeepLab. Here: poly, in each round with
 #     --iterations 0, after a --ramp. Constant: --power 0 --ramp 0.
 # 13. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
 #     which has the same gradient, and 1/n as many steps. Means are over the valid pixels of the whole batch.
 # 14. Augmentation. Authors: none. Here: flip and colour jitter, of source images also crop and scale, as in all files.
 #     --no-augment leaves the patches as they are.
-# 15. Rounds. Authors: seven at the last commit; notebooks stop by the entropy of *validation* images; up to 500 steps of
-#     the last round are never saved. Here: a fixed number, all steps saved. With --view both and --iterations 0 a round
-#     has (1 + n_p) / n_p times the steps.
+# 15. Rounds. Authors: seven at the last commit; in notebooks until the entropy of *validation* images says stop. Up to
+#     500 steps of the last round are never saved. Here: a fixed number, all steps saved. With --iterations 0, --view
+#     both has (1 + n_p) / n_p times the steps.
 # 16. Source-only start. Authors: files whose making is partly known. Here: trained by source_only.py or in this file,
-#     FCN8s too, with --optimizer, --warmup-lr and --head-lr; the authors' Adam begins with the adaptation.
+#     FCN8s too, by --optimizer. The authors' Adam begins with the adaptation.
 # 17. Evaluation. Authors: probabilities are upsampled. Here: logits are, as in all files.

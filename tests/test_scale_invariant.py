@@ -4,6 +4,7 @@ Property names such as P3 number what a reimplementation of LSE must obey; the f
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -308,8 +309,7 @@ def test_fcn8s_gives_logits_of_the_input_size():
     with torch.device("meta"):  # shapes only
         model = FCN8s(19).eval()
         for size in ((512, 1024), (720, 1280), (760, 1280), (80, 160), (33, 47)):
-            features, logits = model(torch.empty(2, 3, *size))
-            assert logits.shape == (2, 19, *size) and features.shape[:2] == (2, model.feature_dim)
+            assert model(torch.empty(2, 3, *size))[1].shape == (2, 19, *size)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def fcn8s():
 def test_fcn8s_against_its_description(fcn8s):
     """The network again as a functional chain: VGG16's layers, fc6 as a 7x7 convolution, scores, upsampling, crops."""
     vgg, model = fcn8s
-    image = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, 8, 40, generator=torch.Generator().manual_seed(0))
     convs = [m for stage in model.backbone for m in stage if isinstance(m, nn.Conv2d)]
     assert len(convs) == 15 and [m.p for m in model.modules() if isinstance(m, nn.Dropout2d)] == [0.5, 0.5]
 
@@ -366,8 +366,8 @@ def test_fcn8s_against_its_description(fcn8s):
         up = enlarged(up + two[:, :, 5:, 5:][:, :, :up.shape[2], :up.shape[3]], 2)
         up = enlarged(up + one[:, :, 9:, 9:][:, :, :up.shape[2], :up.shape[3]], 8)
     logits = model(image)[1]
-    torch.testing.assert_close(logits, up[:, :, 31:55, 31:71], rtol=1e-4, atol=1e-3)
-    trained = [*model.classifier.parameters(), convs[6].weight, convs[13].weight]
+    torch.testing.assert_close(logits, up[:, :, 31:39, 31:71], rtol=1e-4, atol=1e-3)
+    trained = [*model.classifier.parameters(), convs[6].weight, convs[12].weight]
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(logits.square().sum(), trained))
 
 
@@ -396,7 +396,7 @@ def test_every_weight_is_trained_once_but_the_upsampling_and_biases_at_twice_the
 class Tiny(common.DeepLabV2):
     """A network with the parts of DeepLabV2 whose training step takes a moment."""
 
-    def __init__(self, classes=16):
+    def __init__(self, classes=16, *_):
         nn.Module.__init__(self)
         self.backbone = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8), nn.BatchNorm2d(6), nn.ReLU())
         self.classifier = nn.ModuleList([nn.Conv2d(6, classes, 1)])
@@ -824,8 +824,9 @@ def test_fcn8s_is_trained_here_and_adapted_by_its_adam(play):
         play("--network", "fcn8s", "--init", "source_only.pt", out="other")
 
 
-def test_init_is_the_same_as_training_the_source_model_here(play, tmp_path):
+def test_init_is_the_same_as_training_the_source_model_here(play, tmp_path, monkeypatch):
     here, _ = play(out="here")
+    monkeypatch.setattr(common, "unpack_model", functools.partial(common.unpack_model, network=Tiny))
     saved = load(here / "source_only.pt")
     torch.save({**saved, "method": "source_only", "iterations": saved["step"]}, tmp_path / "given.pt")
     given, trace = play("--init", tmp_path / "given.pt", out="there")
@@ -833,11 +834,10 @@ def test_init_is_the_same_as_training_the_source_model_here(play, tmp_path):
     assert all(same_weights(here / name, given / name) for name in ("source_only.pt", "last.pt"))
 
 
-@pytest.mark.parametrize("policy, flags, calls", [
-    ("live", ["--iterations", 4], 9),
-    ("target", ["--iterations", 0, "--epochs", 1, "--portion", 2, "--view", "both"], 11)])
-def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, policy, flags, calls):
-    """Every session dies after so many written labels and steps, until one reaches the end."""
+@pytest.mark.parametrize("policy, flags", [
+    ("live", ["--iterations", 4]), ("target", ["--iterations", 0, "--epochs", 1, "--portion", 2, "--view", "both"])])
+def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, policy, flags):
+    """Every session dies after some more written labels and steps than the one before, until one reaches the end."""
     arguments = [*flags, "--batch-norm", policy, "--optimizer", "adamw", "--save-every", 1]
     whole, trace = play(*arguments, out="whole")
     meters, left = trace.of("compare")[0]["meters"], 0
@@ -857,13 +857,13 @@ def test_stopped_anywhere_and_resumed_the_run_ends_the_same(play, monkeypatch, p
     monkeypatch.setattr(scale_invariant, "step_losses", limited(scale_invariant.step_losses))
     monkeypatch.setattr(common, "write_label", limited(common.write_label))
     for session in range(60):
-        left = calls + session
+        left = 7 + 9 * session
         try:
             play(*arguments, *["--resume"] * (session > 0), out="cut")
             break
         except Cut:
             pass
-    assert session >= 1
+    assert session > 1
     for name in ("source_only.pt", "last.pt"):
         assert same_weights(whole / name, whole.parent / "cut" / name)
     assert trace.of("compare")[0]["meters"] == meters
@@ -904,7 +904,8 @@ def test_a_real_format_from_start_to_end(play, tmp_path, monkeypatch, scorable):
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")
     if not scorable:
-        shutil.rmtree(tmp_path / "cityscapes/gtFine")
+        for folder in ("gtFine", "leftImg8bit/val"):
+            shutil.rmtree(tmp_path / "cityscapes" / folder)
     augment, sizes = common.training_augment, []
     monkeypatch.setattr(common, "training_augment", lambda args, *size: sizes.append(size) or augment(args, *size))
     folder, trace = play("--source", "gta5", "--data-root", tmp_path, "--source-size", "48x96", "--iterations", 2,
@@ -912,7 +913,7 @@ def test_a_real_format_from_start_to_end(play, tmp_path, monkeypatch, scorable):
     assert ((48, 96),) in sizes  # source images are scaled and cropped from their own size
     told = lines(folder, "round 1")[0]
     assert "accuracy" not in told and 0 < told["kept"] < 1 and told["cross_entropy"] > 0
-    assert ("enlarged_miou_after" in trace.of("compare")[0]["meters"]) == scorable
+    assert len(trace.of("compare")[0]["meters"]) == (8 if scorable else 0)
 
 
 # ----------------------------------------------------- the script -----------------------------------------------------
