@@ -3,8 +3,10 @@
 The method files (`source_only.py`, `drsl.py`, ...) import this module and nothing else of the project. There is no
 loss, no pseudo-label rule and no training loop in here.
 
-Shapes are written with the same letters everywhere:
-    N batch    C classes    H x W image    h x w feature grid (stride 8)    D feature channels    n a list of pixels
+Letters that mean the same in every file:
+    N  images in a batch        C  classes, index c      D  feature channels      n  a list of pixels
+    H x W  image, in pixels     h x w  feature grid, one cell for 8 x 8 pixels
+    x  image    y  label    _s  of the source    _t  of the target    P  softmax probabilities
 Labels are indices into the task's class list; 255 means "ignore" wherever a label can stand.
 
 In this order: classes and ids - files - data sets - augmentation and batches - networks - mIoU and pictures - command
@@ -18,18 +20,20 @@ Look at a data set before you train on it (counts, sizes, class shares, what is 
 
 import argparse
 import bisect
+import collections
 import contextlib
 import copy
 import functools
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 IGNORE = 255
@@ -45,6 +50,11 @@ IGNORE = 255
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what was found, where, what was expected."""
+
+
+def one_line(error):
+    """What an exception says, its last line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 # ================================================== classes and ids ==================================================
@@ -106,6 +116,8 @@ def palette(classes):
 
 # ======================================================= files =======================================================
 
+PICTURES = (".png", ".jpg", ".jpeg")  # in capitals too
+
 
 def open_image(path, what="image"):
     """The decoded PIL image of a file. Raises InputError, naming the file, if it cannot be read."""
@@ -149,38 +161,42 @@ def read_synthia_label(path):
 
 
 def find_folder(root, relative):
-    """Path of `relative` below `root`, each part matched without regard to case. Raises InputError if missing."""
+    """Path of `relative` below `root`, spelt like that or all in lower case. Raises InputError if missing."""
     if root is None:
         raise InputError("no --data-root given: it must hold GTA5/ or RAND_CITYSCAPES/, and cityscapes/")
-    path = Path(root)
-    for part in Path(relative).parts:
-        try:
-            matches = [p for p in path.iterdir() if p.name.lower() == part.lower()] if path.is_dir() else []
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        if not matches:
-            raise InputError(f"{path / part}: no such folder; expected {relative} below --data-root {root}")
-        path = matches[0]
-    return path
+    for path in (Path(root, relative), Path(root, relative.lower())):
+        if path.is_dir():
+            return path
+    raise InputError(f"{Path(root, relative)}: no such folder; expected {relative} below --data-root {root}")
 
 
-def list_images(folder, pattern="*.png"):
-    """Sorted image paths below `folder`; a count of zero is an InputError."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"{folder}: cannot be read (permission denied)")
-    paths = sorted(folder.glob(pattern))
+def list_images(folder, pattern="*"):
+    """Sorted paths of the PNGs and JPEGs below `folder`; hidden files do not count. None is an InputError."""
+    paths = sorted(path for path in folder.glob(f"{pattern}.*")
+                   if path.suffix.lower() in PICTURES and not path.name.startswith("."))
     if not paths:
-        raise InputError(f"{folder}: no image found; expected files like {pattern}")
+        raise InputError(f"{folder}: no image found; expected files like {pattern}.png")
     return paths
+
+
+def unique_names(paths, folder):
+    """A name for every path below `folder` that no other has: its stem, or if that repeats its place below `folder`.
+
+    Such a place, as in "201/frame0029", makes folders of its own where files are written under these names.
+    """
+    names = [path.stem for path in paths]
+    for tell in (lambda path: path.with_suffix(""), lambda path: path):  # with the suffix where x.png and x.jpg exist
+        times = collections.Counter(names)
+        names = [name if times[name] == 1 else tell(path.relative_to(folder)).as_posix()
+                 for name, path in zip(names, paths)]
+    return names
 
 
 def pair_labels(images, label_of):
     """Label path of every image; an image without a label is an InputError that names the first and counts them."""
     labels = [label_of(path) for path in images]
-    existing = {path for folder in {label.parent for label in labels} if folder.is_dir() for path in folder.iterdir()}
-    missing = [i for i, label in enumerate(labels) if label not in existing]
-    if missing:
-        raise InputError(f"{images[missing[0]]}: image without label, expected {labels[missing[0]]} "
+    if missing := [pair for pair in zip(images, labels) if not pair[1].exists()]:
+        raise InputError(f"{missing[0][0]}: image without label, expected {missing[0][1]} "
                          f"({len(missing)} of {len(images)} images have none)")
     return labels
 
@@ -213,10 +229,15 @@ def read_json(path):
         raise InputError(f"{path}: expected a file of JSON ({error})") from error
 
 
+def as_json(contents, **options):
+    """JSON text of `contents`, with null for NaN and infinities, which JSON does not know."""
+    return json.dumps(json.loads(json.dumps(contents), parse_constant=lambda word: None), **options)
+
+
 def write_json(path, contents):
     """Writes `contents` as JSON, atomically."""
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1))
+        temporary.write_text(as_json(contents, indent=1))
 
 
 def write_label(path, label, classes):
@@ -233,20 +254,22 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB: what 
 
 
 def make_item(image, label, name, size, augment, full_label=False):
-    """The dict that every data set returns: `image` float32 (3, H, W) normalised, `label` int64 (H, W), `name`.
+    """The dict that every data set returns: `image` uint8 (3, H, W) RGB, `label` int64 (H, W), `name`.
 
-    image: PIL RGB. label: uint8 (H, W) class indices or None. Both are resized to `size` (image bicubic, label
-    nearest); with `full_label` the label keeps its own resolution, which is how mIoU is measured.
+    image: PIL RGB. label: uint8 (H, W) class indices or None. Both are resized to `size`, the label to the nearest
+    neighbour; with `full_label` it keeps its own resolution, which is how mIoU is measured. Images to be trained on
+    (`augment`) are averaged down by a whole number and then resized bilinearly, which is three times as fast as the
+    bicubic resizing of those to be labelled or scored. Normalised they are on the device, see `training_batches`.
     """
     if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        fast = {"resample": Image.Resampling.BILINEAR, "reducing_gap": 1.0}
+        image = image.resize((size[1], size[0]), **(fast if augment else {"resample": Image.Resampling.BICUBIC}))
         if label is not None and not full_label:
             label = np.array(Image.fromarray(label).resize((size[1], size[0]), Image.Resampling.NEAREST))
     image = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     label = None if label is None else torch.from_numpy(np.ascontiguousarray(label))
     if augment is not None:
         image, label = augment(image, label)
-    image = (image.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     item = {"image": image.contiguous(), "name": name}
     if label is not None:
         item["label"] = label.long()
@@ -261,39 +284,27 @@ class GTA5(Dataset):
     a label is resized to its image.
     """
 
+    folders, read_ids, table = ("GTA5/images", "GTA5/labels"), staticmethod(read_label), id_table(CLASSES, 0)
+
     def __init__(self, root, size=None, augment=None):
-        self.images = list_images(find_folder(root, "GTA5/images"))
-        folder = find_folder(root, "GTA5/labels")
-        self.labels = pair_labels(self.images, lambda path: folder / path.name)
-        self.size, self.augment = size, augment
-        self.table = id_table(CLASSES, 0)
+        pictures, labels = (find_folder(root, folder) for folder in self.folders)
+        self.images = list_images(pictures)
+        self.labels = pair_labels(self.images, lambda path: labels / f"{path.stem}.png")
+        self.names, self.size, self.augment = unique_names(self.images, pictures), size, augment
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        path = self.images[index]
-        image, label = read_image(path), self.table[read_label(self.labels[index])]
-        return make_item(image, label, path.stem, self.size or image.size[::-1], self.augment)
+        image, label = read_image(self.images[index]), self.table[self.read_ids(self.labels[index])]
+        return make_item(image, label, self.names[index], self.size or image.size[::-1], self.augment)
 
 
-class Synthia(Dataset):
+class Synthia(GTA5):
     """Labelled source: root/RAND_CITYSCAPES/RGB/*.png with root/RAND_CITYSCAPES/GT/LABELS/*.png (16-bit)."""
 
-    def __init__(self, root, size=None, augment=None):
-        self.images = list_images(find_folder(root, "RAND_CITYSCAPES/RGB"))
-        folder = find_folder(root, "RAND_CITYSCAPES/GT/LABELS")
-        self.labels = pair_labels(self.images, lambda path: folder / path.name)
-        self.size, self.augment = size, augment
-        self.table = id_table(SYNTHIA_16, 1)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        path = self.images[index]
-        label = self.table[read_synthia_label(self.labels[index])]
-        return make_item(read_image(path), label, path.stem, self.size, self.augment)
+    folders = "RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS"
+    read_ids, table = staticmethod(read_synthia_label), id_table(SYNTHIA_16, 1)
 
 
 class Cityscapes(Dataset):
@@ -304,15 +315,17 @@ class Cityscapes(Dataset):
     full_label  keep labels at full resolution while images are resized: the evaluation protocol
     """
 
+    read_ids = staticmethod(read_label)
+
     def __init__(self, root, split="train", size=None, augment=None, classes=CLASSES, labelled=None, label_dir=None,
                  full_label=False):
-        self.images = list_images(find_folder(root, f"cityscapes/leftImg8bit/{split}"), "*/*_leftImg8bit.png")
-        self.labels = None
-        labelled = split != "train" if labelled is None else labelled
-        if labelled:
+        pictures, self.labels = find_folder(root, f"cityscapes/leftImg8bit/{split}"), None
+        self.images = list_images(pictures, "*/*_leftImg8bit")
+        self.names = [name.removesuffix("_leftImg8bit") for name in unique_names(self.images, pictures)]
+        if split != "train" if labelled is None else labelled:
             folder = find_folder(root, f"cityscapes/gtFine/{split}")
             self.labels = pair_labels(self.images, lambda path: (
-                folder / path.parent.name / path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")))
+                folder / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"))
         self.size, self.augment, self.label_dir, self.full_label = size, augment, label_dir, full_label
         self.table = id_table(classes, 0)
 
@@ -320,13 +333,12 @@ class Cityscapes(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        path, label = self.images[index], None
-        name = path.name.removesuffix("_leftImg8bit.png")
+        name, label = self.names[index], None
         if self.label_dir is not None:
             label = read_label(Path(self.label_dir) / f"{name}.png")
         elif self.labels is not None:
-            label = self.table[read_label(self.labels[index])]
-        return make_item(read_image(path), label, name, self.size, self.augment, self.full_label)
+            label = self.table[self.read_ids(self.labels[index])]
+        return make_item(read_image(self.images[index]), label, name, self.size, self.augment, self.full_label)
 
 
 def source_dataset(args, augment=None):
@@ -346,8 +358,8 @@ def target_dataset(args, split, augment=None, **options):
 # ============================================== augmentation and batches ==============================================
 
 
-def training_augment(args, size=None, jitter=0.3):
-    """Random scale, crop, flip and colour jitter as --scale-jitter and --crop say: (image, label or None) -> the same.
+def training_augment(args, size=None):
+    """Random scale, crop and flip as --scale-jitter and --crop say: (image, label or None) -> the same.
 
     image uint8 (3, H, W), label uint8 (H, W); size: theirs, if not --size. Draws from torch's global generator, which
     `Batches` seeds for every item. What is returned can be pickled, which loader processes that are not forked need.
@@ -360,10 +372,7 @@ def training_augment(args, size=None, jitter=0.3):
                          f"{low} (--size, --source-size, --scale-jitter)")
     scale = v2.ScaleJitter(size[::-1], (low, high))  # which takes (W, H), unlike RandomCrop
     return functools.partial(apply_augment, v2.Compose([
-        scale if (low, high) != (1, 1) else v2.Identity(),
-        v2.RandomCrop(args.crop),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 6)]))
+        scale if (low, high) != (1, 1) else v2.Identity(), v2.RandomCrop(args.crop), v2.RandomHorizontalFlip()]))
 
 
 def apply_augment(transform, image, label):
@@ -412,38 +421,85 @@ class Batches(Dataset):
         return default_collate(items)
 
 
-def load(dataset, args, **options):
-    """DataLoader with args.workers processes, which leave Ctrl-C to the main one. Draws no random number of its own."""
-    return DataLoader(dataset, num_workers=args.workers, pin_memory=args.device == "cuda", generator=torch.Generator(),
-                      worker_init_fn=ignore_interrupt, **options)
+def processors():
+    """How many processors this process may use, 16 at most; under torchrun its part of them."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def ignore_interrupt(_):
-    """Makes a loader process go on after Ctrl-C, because the main process wants to finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def load(dataset, args, share=1, **options):
+    """DataLoader with the `share`-th part of args.workers as processes. Draws no random number of its own."""
+    return DataLoader(dataset, num_workers=math.ceil(args.workers / share), pin_memory=args.device == "cuda",
+                      generator=torch.Generator(), **options)
 
 
-def training_batches(dataset, args, seed, start, stop):
-    """Yields (image (N, 3, H, W), label (N, H, W) or None) of the steps start..stop-1, on the device."""
-    for batch in load(Batches(dataset, args.batch_size, seed), args, batch_size=None, sampler=range(start, stop)):
-        label = batch["label"].to(args.device, non_blocking=True) if "label" in batch else None
-        yield batch["image"].to(args.device, memory_format=torch.channels_last, non_blocking=True), label
+def normalise(images):
+    """uint8 (N, 3, H, W) -> what networks read: float32, ImageNet's mean and deviation taken out."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def colour_jitter(images, *seed, strength=0.3):
+    """uint8 (N, 3, H, W) in other colours: brightness, contrast, saturation and, by a sixth of that, hue.
+
+    Every image gets random numbers of its own, a function of the whole numbers `seed` and of its place in the whole
+    batch, in whichever process it is. They are drawn on the processor, so that nothing waits for a GPU.
+    """
+    from torchvision.transforms import v2
+
+    jitter, views = v2.ColorJitter(strength, strength, strength, strength / 6), []
+    with torch.random.fork_rng(devices=[]):
+        for place, image in enumerate(images, rank() * len(images)):
+            torch.manual_seed(mix_seed(*seed, place))
+            views.append(jitter(image))
+    return torch.stack(views)
+
+
+waited = 0.0  # seconds that training in this process has waited for pictures; Run.log_step tells their share
+
+
+def training_batches(dataset, args, seed, start, stop, jitter=0.3, share=1):
+    """Yields (image (N, 3, H, W), label (N, H, W) or None) of the steps start..stop-1, on the device.
+
+    Images come in other colours, by `jitter` (0: as they are), and normalised. With None they are left as bytes, for a
+    method that makes views of its own. share: how many of these work at the same time, each with its part of --workers.
+
+    InputError if no pixel of the first hundred steps has a label.
+    """
+    global waited
+    batches = iter(load(Batches(dataset, args.batch_size, seed), args, share, batch_size=None,
+                        sampler=range(start, stop)))
+    labelled = False
+    for step in range(start, stop):
+        began = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - began
+        image, label = batch["image"].to(args.device, non_blocking=True), batch.get("label")
+        if label is not None:
+            labelled = labelled or bool((label != IGNORE).any())
+            if not labelled and step - start == 99:
+                raise InputError(f"{type(dataset).__name__}: no pixel of the first hundred steps has a label; look at "
+                                 "the ids in the label files with python common.py")
+            label = label.to(args.device, non_blocking=True)
+        if jitter:
+            image = colour_jitter(image, seed, 2, step, strength=jitter)
+        yield image if jitter is None else normalise(image), label
 
 
 def evaluation_batches(dataset, args):
-    """Yields every picture of a data set once, in order, as batches with `image` on the device.
+    """Yields every picture of a data set once, in order, as batches with `image` on the device, normalised.
 
     Under torchrun each process has every n-th picture.
     """
     batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
     for batch in load(dataset, args, batch_size=batch_size, sampler=range(rank(), len(dataset), world_size())):
-        batch["image"] = batch["image"].to(args.device, memory_format=torch.channels_last)
+        batch["image"] = normalise(batch["image"].to(args.device, non_blocking=True))
         yield batch
 
 
 # ===================================================== networks =====================================================
 
-BACKBONES = ("resnet101", "resnet50", "resnet18", "resnet14", "vgg16", "vgg16-fcn8s")
+BACKBONES = ("resnet101", "resnet50", "resnet18", "resnet14", "vgg16")
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -462,12 +518,14 @@ class DeepLabV2(nn.Module):
     at 8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
-              of this backbone, for resnet14 of ResNet-18. A file that does not fit is an InputError.
+              of this backbone, for resnet14 of ResNet-18. Only what the network uses must be in it. A file that does
+              not fit is an InputError.
     """
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
         super().__init__()
-        net = torchvision_network(backbone, weights)
+        unused = ("fc.", "classifier.", "layer4.") if backbone == "resnet14" else ("fc.", "classifier.")
+        net = torchvision_network(backbone, weights, unused)
         if backbone == "vgg16":
             self.backbone, self.feature_dim = vgg16_stride_8(net), 1024
         else:
@@ -498,21 +556,31 @@ class DeepLabV2(nn.Module):
         return self
 
 
-def torchvision_network(backbone, weights):
-    """torchvision's classification network of that name; `weights` as for DeepLabV2."""
+def torchvision_network(backbone, weights, unused=()):
+    """torchvision's classification network of that name; `weights` as for DeepLabV2.
+
+    unused: beginnings of the names of weights that a file need not have, because the caller throws them away.
+    """
     import torchvision
 
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
     build = getattr(torchvision.models, "resnet18" if backbone == "resnet14" else backbone)
+    if weights == "imagenet":
+        choice = torchvision.models.get_model_weights(build).IMAGENET1K_V1
+        try:
+            return build(weights=choice)
+        except urllib.error.URLError as error:
+            raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") \
+                from error
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(choice.url).name)
+            raise InputError(f"{file}: torchvision's download cannot be used ({one_line(error)}); delete this file if "
+                             "it is there and start again, or give --backbone-weights a file or none") from error
     # From random weights a ResNet learns much faster if every residual block starts as the identity.
-    start = {"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}
-    try:
-        net = build(weights="IMAGENET1K_V1" if weights == "imagenet" else None, **start)
-    except OSError as error:
-        raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") from error
-    if weights not in ("imagenet", "none"):
-        load_weights(net, read_checkpoint(weights), weights, f"torchvision's {build.__name__}")
+    net = build(**({"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}))
+    if weights != "none":
+        load_weights(net, read_checkpoint(weights), weights, f"torchvision's {build.__name__}", unused)
     return net
 
 
@@ -544,71 +612,7 @@ def vgg16_stride_8(net):
     return nn.Sequential(*layers)
 
 
-class FCN8s(nn.Module):
-    """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
-
-    `forward(images (N, 3, H, W))` returns `(features (N, 4096, H/32, W/32), logits (N, C, H, W))`: unlike DeepLabV2's,
-    these logits have the size of the input, so that `upsample` to it changes nothing. Features are fc7, whose cell j
-    lies at pixel 32 j + 12.5. fc6 and fc7 take over the weights of VGG's classifier.
-
-    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its
-    VGG sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with
-    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here. (Not measured on
-    real data.)
-    """
-
-    def __init__(self, num_classes, weights="none"):
-        super().__init__()
-        net = torchvision_network("vgg16", weights)
-        layers = list(net.features)
-        layers[0].padding = (100, 100)  # so that fc6 fits on an image of any size and the crops below have room
-        for layer in layers:
-            if isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode = True
-        fc6, fc7 = nn.Conv2d(512, 4096, 7), nn.Conv2d(4096, 4096, 1)
-        for convolution, linear in ((fc6, net.classifier[0]), (fc7, net.classifier[3])):
-            convolution.weight = nn.Parameter(linear.weight.detach().view_as(convolution.weight))
-            convolution.bias = linear.bias
-        top = [fc6, nn.ReLU(inplace=True), nn.Dropout2d(0.5), fc7, nn.ReLU(inplace=True), nn.Dropout2d(0.5)]
-        self.backbone = nn.ModuleList([nn.Sequential(*layers[:17]), nn.Sequential(*layers[17:24]),  # to pool3, to pool4
-                                       nn.Sequential(*layers[24:], *top)])
-        self.feature_dim = 4096
-        self.classifier = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in (256, 512, 4096))
-        for score in self.classifier:
-            nn.init.zeros_(score.weight)
-            nn.init.zeros_(score.bias)
-        self.upsampling = nn.ModuleList(bilinear_upsampling(num_classes, factor) for factor in (8, 2, 2))
-
-    def forward(self, images):
-        H, W = images.shape[2:]
-        pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
-        pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
-        fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
-        score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
-        coarse = self.classifier[2](fc7)
-        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits stay fp32
-            score = self.upsampling[2](coarse.float())  # stride 16
-            score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
-            score = self.upsampling[1](score)  # stride 8
-            score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
-            logits = self.upsampling[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
-        return fc7[:, :, :math.ceil(H / 32), :math.ceil(W / 32)], logits
-
-
-def bilinear_upsampling(channels, factor):
-    """Transposed convolution that upsamples each channel bilinearly by `factor`. It never learns."""
-    kernel = 1 - (torch.arange(2 * factor) + 0.5 - factor).abs() / factor  # a triangle
-    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, groups=channels, bias=False)
-    layer.requires_grad_(False).weight.copy_((kernel[:, None] * kernel).expand_as(layer.weight))
-    return layer
-
-
-def build_network(num_classes, backbone, weights="none"):
-    """DeepLabV2 on that backbone, or FCN8s for "vgg16-fcn8s"."""
-    return FCN8s(num_classes, weights) if backbone == "vgg16-fcn8s" else DeepLabV2(num_classes, backbone, weights)
-
-
-def build_model(args, network=build_network):
+def build_model(args, network=DeepLabV2):
     """The network that every method trains, on its device; the batch norm of pretrained weights frozen if so asked."""
     model = network(len(task_classes(args.source)), args.backbone, args.backbone_weights)
     if world_size() > 1 and args.device == "cuda":  # on CPUs `distribute` asks for frozen batch norm
@@ -638,20 +642,13 @@ def estimate_batch_norm(model, views, args, images=400):
     images that the network is trained on, so that the statistics fit its weights. Frozen norms stay as they are.
     """
     if not (norms := live_batch_norms(model)):
-        return
-    was_training, steps = model.training, math.ceil(min(images, len(views)) / args.batch_size)
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # cumulative average
-    model.train()
-    for image, _ in training_batches(views, args, seed=0, start=0, stop=steps):
-        with autocast(args):
-            model(image)
-    for module in norms:
-        module.momentum = 0.1
-        for statistic in (module.running_mean, module.running_var):
+        return  # update_bn would reset frozen ones too
+    steps = math.ceil(min(images, len(views)) / args.batch_size)
+    with autocast(args):
+        update_bn((image for image, _ in training_batches(views, args, 0, 0, steps)), model)
+    for norm in norms:
+        for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(all_sum(statistic.clone()) / world_size())
-    model.train(was_training)
 
 
 def settle_batch_norm(model, views, args):
@@ -795,6 +792,16 @@ def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
     return result
 
 
+def scorable(args):
+    """Whether the target has labels to score with. Real data may have none: then a network is trained all the same."""
+    if args.source == "toy":
+        return True
+    try:
+        return find_folder(args.data_root, "cityscapes/gtFine/val").is_dir()
+    except InputError:
+        return False
+
+
 def evaluate_target(model, args, split="val", **options):
     """`evaluate` on a split of the target, labels at full resolution."""
     return evaluate(model, target_dataset(args, split, labelled=True, full_label=True), args, **options)
@@ -814,10 +821,10 @@ def evaluate_source_only(model, args):
 def compare_with_source_only(models, args, run, source_model, **meters):
     """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
 
-    meters: {name: number}, what the method measures of its own idea.
+    meters: {name: number}, what the method measures of its own idea. A target without labels: the picture alone.
     """
-    columns = evaluate_source_only(source_model, args)
-    columns.update({title: evaluate_target(model, args) for title, model in models.items()})
+    columns = evaluate_source_only(source_model, args) if run.scorable else {}
+    columns.update({title: evaluate_target(model, args) for title, model in models.items() if run.scorable})
     run.finish(columns, **meters)
     comparison_panel(run.folder / "panel.png", {"source only": source_model, **models}, args)
 
@@ -873,9 +880,8 @@ def colour_label(label, classes):
 
 
 def to_picture(image):
-    """A normalised image (3, H, W) as a PIL picture."""
-    image = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    """An image, uint8 (3, H, W), as a PIL picture."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def draw_panel(path, titles, rows, width=320):
@@ -898,65 +904,23 @@ def some(dataset, number):
 
 
 def comparison_panel(path, models, args, split="val", scenes=4):
-    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
-    classes, rows = task_classes(args.source), []
-    for item in some(target_dataset(args, split, labelled=True), scenes):
-        row = [to_picture(item["image"]), colour_label(item["label"], classes)]
+    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target.
+
+    A target without labels has no truth to show; its pictures are then those of the train split.
+    """
+    classes, labelled, rows = task_classes(args.source), scorable(args), []
+    split = split if labelled else "train"
+    for item in some(target_dataset(args, split, labelled=labelled), scenes):
+        label = item.get("label")
+        row = [to_picture(item["image"])] + ([colour_label(label, classes)] if labelled else [])
         for model in models.values():
             model.eval()
-            image = item["image"][None].to(args.device)
+            image = normalise(item["image"][None].to(args.device))
             pred = predict(model, image, image.shape[2:], args).argmax(1)[0].cpu()  # (H, W)
-            row.append(colour_label(torch.where(item["label"] == IGNORE, IGNORE, pred), classes))
+            row.append(colour_label(torch.where(label == IGNORE, IGNORE, pred) if labelled else pred, classes))
         rows.append(row)
     if rank() == 0:
-        draw_panel(path, ["image", "truth", *models], rows)
-
-
-def logged_curves(lines):
-    """What log.jsonl's dicts `lines` hold to draw: ({stage: step at which it starts}, {name: [(step, value), ...]}).
-
-    Steps are counted through all stages; what is logged between two steps stands at the one before. After a resume the
-    later value of a step counts. What is not a finite number is left out, and so is a name with a single value.
-    """
-    starts, curves, now = {}, {}, 0
-    for line in lines:
-        step = str(line.get("step")).split("/")[0]
-        if step.isdecimal():
-            now = starts.setdefault(str(line.get("stage")).removesuffix(" oracle"), now) + int(step)
-        for name, value in line.items():
-            if name not in ("step", "seconds") and isinstance(value, (int, float)) and math.isfinite(value):
-                curves.setdefault(name, {})[now] = value
-    return starts, {name: sorted(points.items()) for name, points in curves.items() if len(points) > 1}
-
-
-def draw_curves(path, lines, columns=3, width=300, height=90):
-    """Writes a picture of `logged_curves`: a panel per name, a grey line where a stage starts. No curves, no file.
-
-    Pale: every value; dark: their means over a sixtieth of the steps. Over each panel its last value and its range.
-    """
-    starts, curves = logged_curves(lines)
-    if not curves:
-        return
-    last = max(*starts.values(), *(points[-1][0] for points in curves.values()))
-    rows = math.ceil(len(curves) / columns)
-    sheet = Image.new("RGB", (16 + columns * (width + 16), 24 + rows * (height + 24)), "white")
-    pen = ImageDraw.Draw(sheet)
-    stages = ", ".join(f"{stage} from {start}" for stage, start in starts.items())
-    pen.text((16, 4), f"steps 0 to {last}: {stages}", fill="black")
-    for i, (name, points) in enumerate(curves.items()):
-        left, top = 16 + i % columns * (width + 16), 40 + i // columns * (height + 24)
-        points = np.array(points, float)  # (n, 2): step, value
-        low, high = points[:, 1].min(), points[:, 1].max()
-        pen.text((left, top - 14), f"{name}   {points[-1, 1]:.4g}   ({low:.4g} to {high:.4g})", fill="black")
-        for x in (left + width * start / last for start in starts.values()):
-            pen.line([x, top, x, top + height], fill="silver")
-        pen.rectangle([left, top, left + width, top + height], outline="silver")
-        places = (points - (0, high)) * (width / last, -height / (high - low or 1)) + (left, top)  # (n, 2): x, y
-        means = [part.mean(0) for part in np.split(places, 1 + np.flatnonzero(np.diff(points[:, 0] * 60 // last)))]
-        for line, colour in ((places, "lightsteelblue"), (means, "navy")):
-            pen.line(np.array(line).flatten().tolist(), fill=colour)
-    with writing(path) as temporary:
-        sheet.save(temporary)
+        draw_panel(path, ["image", *["truth"][:labelled], *models], rows)
 
 
 # ============================================ command line and run folder ============================================
@@ -981,9 +945,8 @@ def number(kind, low, high=math.inf, above=False):
     def convert(text):
         value = kind(text)  # argparse reports the ValueError
         if not (math.isfinite(value) and low <= value <= high) or above and value == low:
-            bound = f"above {low}" if above else f"of at least {low}"
-            bound += f", at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
+            bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else " on")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # for argparse's own message
@@ -1002,20 +965,6 @@ def height_width(text):
     return tuple(sides)
 
 
-def png_file(text):
-    """argparse type: the name of a PNG."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
-    return text
-
-
-def default_precision():
-    """bf16 on a CPU with bf16 instructions, fp32 elsewhere."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of torch
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16" if fast and not torch.cuda.is_available() else "fp32"
-
-
 def add_data_flags(parser):
     """The flags that name a task and its data."""
     add = parser.add_argument
@@ -1031,8 +980,9 @@ def add_machine_flags(parser):
     add = parser.add_argument
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=best, help="where to compute")
-    add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="of the network; every loss is fp32")
-    add("--workers", type=natural, metavar="N", default=by_source(0, 4), help="processes that read and augment images")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; every loss is fp32")
+    add("--workers", type=natural, metavar="N", default=by_source(0, processors()),
+        help="processes that read and augment images, over all loaders of a step; 0: none besides this one")
 
 
 def shared_parser(doc, adapts=False):
@@ -1049,7 +999,7 @@ def shared_parser(doc, adapts=False):
     add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
     add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101", small="resnet50"),
-        help="network under the DeepLabV2 head, or FCN8s on VGG16")
+        help="network under the DeepLabV2 head")
     add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
         help="its start: a torchvision state dict, torchvision's download, or random")
     add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024), small=(256, 512)),
@@ -1064,14 +1014,16 @@ def shared_parser(doc, adapts=False):
     add("--batch-norm", choices=("live", "target", "frozen"), default=by_source("target", "frozen", small="live"),
         help="frozen: pretrained statistics throughout; target: live in source training, then estimated on the target "
              "and frozen; live: never frozen")
-    add("--optimizer", choices=("sgd", "adam", "adamw"), default=by_source("adamw", "sgd", small="adamw"),
-        help="SGD as in the papers; AdamW learns faster from random weights; Adam as LSE for FCN8s")
+    add("--optimizer", choices=("sgd", "adamw"), default=by_source("adamw", "sgd", small="adamw"),
+        help="SGD as in the papers; AdamW learns faster from random weights")
     add("--head-lr", type=positive, metavar="X", default=by_source(1.0, 10.0),
         help="learning rate of new layers as a multiple of the backbone's (10 when that is pretrained)")
     add("--batch-size", type=count, metavar="N", default=by_source(4, 2, small=4),
         help="images per step and domain, over all processes")
     add("--seed", type=natural, default=0, metavar="N", help="of weights, data order and augmentation")
     add_machine_flags(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="torch.compile what is trained: faster, in less memory, after a minute; None: on a GPU, for real data")
     add("--log-every", type=count, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
     add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
@@ -1107,6 +1059,8 @@ def parse(parser, argv=None):
             setattr(args, key, value.get(preset, value[args.source]))
     if args.source == "toy" and hasattr(args, "size"):
         args.source_size = args.size
+    if getattr(args, "compile", False) is None:
+        args.compile = args.device == "cuda" and args.source != "toy"
     if hasattr(args, "scale_jitter") and args.scale_jitter[0] > args.scale_jitter[1]:
         parser.error(f"--scale-jitter {args.scale_jitter[0]} {args.scale_jitter[1]}: expected LOW HIGH")
     return args
@@ -1115,11 +1069,11 @@ def parse(parser, argv=None):
 def as_typed(key, value):
     """A setting as it is typed: --size 80x160, --no-focal, --lr 0.001."""
     flag = key.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    if isinstance(value, list):
-        return f"--{flag} " + ("x" if all(isinstance(v, int) for v in value) else " ").join(map(str, value))
-    return f"--{flag} {value}" if value is not None else f"no --{flag}"
+    if value is None or isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}" if value is False else f"no --{flag}"
+    if isinstance(value, (list, tuple)):
+        value = ("x" if all(isinstance(v, int) for v in value) else " ").join(map(str, value))
+    return f"--{flag} {value}"
 
 
 def ramp(step, args):
@@ -1140,70 +1094,69 @@ def time_left(seconds, done, remaining):
 
 
 class Run:
-    """The folder of one run, and of no other: args.json, log.jsonl, checkpoints, curve.png, panel.png, result.json.
+    """The folder of one run, and of no other: args.json, log.jsonl, checkpoints, panel.png, result.json.
 
-    Also holds what every loop asks between two steps: whether to log, to save, to stop, and the time spent.
+    Also holds what every loop asks between two steps: whether to log, to save, to score, and the time spent.
+    `scorable` tells whether the target has validation labels.
     """
 
+    current = None  # the run of this process, for the messages of `run`
+
     def __init__(self, method, args):
-        self.method, self.args, self.interrupted = method, args, False
+        self.method, self.args = method, args
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
         self.seconds_before, self.started = 0.0, time.time()
         self.stage, self.stage_step, self.stage_started = None, 0, 0.0  # the first step of the stage in this session
+        self.line_at, self.waited = time.time(), 0.0  # when the last line was logged; common.waited at that time
         start_processes(args)
-        check_data(args)
+        self.scorable = check_data(args)
         torch.manual_seed(args.seed)
-        settings = {"method": method, **vars(args)}
+        settings = json.loads(json.dumps({"method": method, **vars(args)}))
         lines = self.check_resume(settings) if args.resume else []
         if not args.resume and self.folder.is_dir() and any(self.folder.glob("*.pt")):
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if rank() == 0:
-            self.lock = lock_folder(self.folder)
             with writing(self.folder / "log.jsonl") as temporary:  # again, because the file may end in half a line
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                temporary.write_text("".join(as_json(line) + "\n" for line in lines))
             write_json(self.folder / "args.json", settings)
             print(f"{self.folder}  {versions(args.device)}  {args.device}  {args.precision}", flush=True)
+            if not self.scorable:
+                print("the target has no validation labels (cityscapes/gtFine/val): this run trains and saves, but "
+                      "nothing can be scored", flush=True)
         if lines:
             self.seconds_before = lines[-1]["seconds"]
-        if world_size() == 1:
-            signal.signal(signal.SIGINT, self.interrupt)
-        else:
+        Run.current = self
+        if world_size() > 1:
             dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
 
     def check_resume(self, settings):
         """The log's lines. InputError where --resume finds no run, or one with other arguments; some may change."""
         if not (self.folder / "args.json").exists():
             raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
-        before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(settings))
-        if not isinstance(before, dict):
-            raise InputError(f"{self.folder / 'args.json'}: expected the settings of a run")
-        if before.get("method") != self.method:
-            raise InputError(f"{self.folder}: the run to resume is one of {before.get('method')}, not {self.method}")
-        free = ("resume", "out", "device", "workers", "log_every", "save_every", "val_every", "data_root")
-        changed = [as_typed(k, before.get(k)) for k in now if k not in free and now[k] != before.get(k)]
+        before = read_json(self.folder / "args.json")
+        if not isinstance(before, dict) or before.get("method") != self.method:
+            raise InputError(f"{self.folder / 'args.json'}: not the settings of a run of {self.method}")
+        free = ("resume", "out", "device", "workers", "compile", "log_every", "save_every", "val_every", "data_root")
+        changed = [as_typed(key, before.get(key)) for key in settings
+                   if key not in free and settings[key] != before.get(key)]
         if changed:
             raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
         return self.logged()
-
-    def interrupt(self, *_):
-        """First Ctrl-C: finish the step, save, stop. Second: stop at once. (Several processes: they die and resume.)"""
-        self.interrupted = True
-        print("\nstopping after this training step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def seconds(self):
         """Seconds of work on this run so far, earlier sessions included."""
         return self.seconds_before + time.time() - self.started
 
     def time_to_save(self, step, steps):
-        """Whether a checkpoint is due after this step: every `save_every` steps, at the end, and after Ctrl-C."""
-        return step % self.args.save_every == 0 or step == steps or self.interrupted
+        """Whether a checkpoint is due after this step: every `save_every` steps and at the end."""
+        return step % self.args.save_every == 0 or step == steps
 
     def log_step(self, stage, step, steps, **values):
         """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
 
         values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
-        because reading them makes the processor wait for the GPU.
+        because reading them makes the processor wait for the GPU. Where more than 3 % of the time since the last line
+        went by in waiting for pictures, the line says so (`waiting`).
         """
         if stage != self.stage:
             self.stage, self.stage_step, self.stage_started = stage, step, time.time()
@@ -1215,6 +1168,10 @@ class Run:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise InputError(f"{stage} step {step}: not finite ({terms}); {self.last_checkpoint()}")
         if logged:
+            share = (waited - self.waited) / max(time.time() - self.line_at, 1e-9)
+            if share > 0.03:
+                values["waiting"] = round(share, 2)
+            self.line_at, self.waited = time.time(), waited
             seconds = time.time() - self.stage_started
             self.log(stage, f"{step}/{steps}", time_left(seconds, step - self.stage_step, steps - step), **values)
 
@@ -1229,7 +1186,7 @@ class Run:
             entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
             try:
                 with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
+                    file.write(as_json(entry) + "\n")
             except OSError as error:
                 reason = f"cannot be written ({error}); {self.last_checkpoint()}"
                 raise InputError(f"{self.folder / 'log.jsonl'}: {reason}") from error
@@ -1261,25 +1218,20 @@ class Run:
             self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
 
     def save(self, file, step, model, **parts):
-        """Writes a checkpoint atomically and the log's curves as curve.png; after Ctrl-C ends the program.
+        """Writes a checkpoint atomically: tensors, numbers, strings and plain dicts.
 
         It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout)
-        and the state_dict of each named part. Tensors, numbers, strings and plain dicts.
+        and the state_dict of each named part.
         """
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
         task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone", "iterations")}
-        task |= {"size": list(args.size), "classes": list(task_classes(args.source))}
-        task["network"] = getattr(args, "head", "deeplab")
-        contents = {"method": self.method, **task, "step": step, "random": torch.get_rng_state(), **states}
+        task |= {"size": list(args.size), "classes": list(task_classes(args.source)), "network": type(model).__name__}
         if rank() == 0:
             with writing(self.folder / file) as temporary:
-                torch.save(contents, temporary)
-            with contextlib.suppress(InputError):  # a damaged log or a full disk costs the picture, not the run
-                draw_curves(self.folder / "curve.png", self.logged())
-        if self.interrupted:
-            sys.exit(f"stopped; to continue: the same command with --resume (the run is in {self.folder})")
+                torch.save({"method": self.method, **task, "step": step, "random": torch.get_rng_state(), **states},
+                           temporary)
 
     def load(self, file, model, **parts):
         """Restores what `save` stored and returns its step; 0, and nothing happens, without --resume or such a file."""
@@ -1294,61 +1246,46 @@ class Run:
             torch.set_rng_state(saved["random"])
             return int(saved["step"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"{path}: not the checkpoint of a run with these arguments ({reason})") from error
+            raise InputError(f"{path}: not the checkpoint of a run with these arguments ({one_line(error)})") from error
 
     def finish(self, columns, own=None, **meters):
         """Prints the table of {title: scores}; writes result.json: all columns, on top those of `own`, last.pt's.
 
-        own: the last column if not given. meters: {name: number}, what a method measures of its own idea. Seconds
-        count all sessions of the run, the peak memory is the last one's.
+        own: the last column if not given; there is none where the target has no labels. meters: {name: number}, what a
+        method measures of its own idea. Seconds count all sessions of the run, the peak memory is the last one's.
         """
-        own = own or list(columns)[-1]
-        if rank() == 0:
-            peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
-            result = {**columns[own], "own": own, "columns": columns, "meters": meters,
-                      "versions": versions(self.args.device), "seconds": round(self.seconds(), 1),
-                      "peak_memory_gb": round(peak / 2**30, 2)}
-            looks = [line for line in self.logged() if "val_miou" in line]
-            if looks:
-                best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
-                print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} "
-                      f"({best['stage']} {best['step']})")
-            write_json(self.folder / "result.json", result)
-            for name, value in meters.items():
-                print(f"{name}: {value:.4g}")
-            print(f"\n{score_table(columns)}\n\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; "
-                  f"written to {self.folder}", flush=True)
+        if rank() > 0:
+            return
+        own = own or (list(columns) or [None])[-1]
+        peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
+        result = {**columns.get(own, {}), "own": own, "columns": columns, "meters": meters,
+                  "versions": versions(self.args.device), "seconds": round(self.seconds(), 1),
+                  "peak_memory_gb": round(peak / 2**30, 2)}
+        looks = [line for line in self.logged() if line.get("val_miou") is not None]
+        if looks:
+            best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
+            print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} "
+                  f"({best['stage']} {best['step']})")
+        write_json(self.folder / "result.json", result)
+        for name, value in meters.items():
+            print(f"{name}: {value:.4g}")
+        if columns:
+            print(f"\n{score_table(columns)}")
+        else:
+            print(f"\nno validation labels, hence no score; to look at predictions:\n    python evaluate.py "
+                  f"{self.folder / 'last.pt'} --images PICTURES")
+        print(f"\n{self.seconds():.0f} s, {result['peak_memory_gb']} GB; written to {self.folder}", flush=True)
 
 
 def check_data(args):
-    """Opens the folders of source and target, so that what is missing is said before any training."""
+    """Opens the folders of source and target, so that what is missing is said before any training; `scorable`."""
     source_dataset(args)
-    for split in ("train", "val"):
-        target_dataset(args, split)
-
-
-def lock_folder(folder):
-    """Makes a run folder and takes its lock, which ends with the process; InputError where another run holds it.
-
-    Windows and some network file systems have no such lock; there nothing is checked.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); --out names a folder") from error
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{folder}: another run is writing there; choose another --out") from error
-    except OSError:
-        return None
-    return lock
+    target_dataset(args, "train")
+    if scorable(args):
+        target_dataset(args, "val")
+    elif getattr(args, "val_every", 0):
+        raise InputError("--val-every: the target has no validation labels (cityscapes/gtFine/val)")
+    return scorable(args)
 
 
 def peak_memory():
@@ -1378,34 +1315,49 @@ def read_checkpoint(path):
         raise InputError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
 
 
-def load_weights(model, state, path, what):
-    """Strict load_state_dict of finite weights; InputError, naming the file, where they do not fit."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: does not fit {what} ({reason})") from error
+def load_weights(model, state, path, what, unused=()):
+    """Strict load_state_dict of finite weights; InputError, naming the file, where they do not fit.
+
+    A `module.` in front of all names, which nn.DataParallel leaves, does not count. Names that begin with one of
+    `unused` are not asked for and not read.
+    """
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise InputError(f"{path}: expected a dict of tensors, the weights of {what}")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    state = {**state, **{name: value for name, value in own.items() if name.startswith(unused)}} if unused else state
+    wrong = [f"no {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wrong += [f"{name} is unknown" for name in state if name not in own and not (unused and name.startswith(unused))]
+    wrong += [f"{name} of {list(state[name].shape)} instead of {list(value.shape)}" for name, value in own.items()
+              if name in state and state[name].shape != value.shape]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{path}: does not fit {what} ({', '.join(wrong[:5])}{more})")
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise InputError(f"{path}: holds weights that are not finite")
+    model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
 
 
-def unpack_model(checkpoint, path, model=None):
-    """The network of a checkpoint of any method, or `model` with its weights; InputError if the file is not ours."""
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: not a checkpoint of this project but a {type(checkpoint).__name__}")
-    fits = {"method": lambda v: isinstance(v, str), "source": lambda v: v in ("toy", "gta5", "synthia"),
-            "toy_world": lambda v: isinstance(v, int), "toy_images": lambda v: isinstance(v, int),
-            "step": lambda v: isinstance(v, int), "iterations": lambda v: isinstance(v, int),
-            "backbone": lambda v: v in BACKBONES, "network": lambda v: isinstance(v, str),
-            "classes": lambda v: v in (list(CLASSES), list(SYNTHIA_16)), "model": lambda v: isinstance(v, dict),
-            "size": lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(s, int) and s > 0 for s in v)}
-    wrong = [key for key, fit in fits.items() if key not in checkpoint or not fit(checkpoint[key])]
-    if wrong:
-        raise InputError(f"{path}: not a checkpoint of this project (no proper {', '.join(wrong)} in it)")
-    if model is None:
-        if checkpoint["network"] != "deeplab":  # cpsl.py --head proda
-            raise InputError(f"{path}: trained with --head {checkpoint['network']}, which only that script can rebuild")
-        model = build_network(len(checkpoint["classes"]), checkpoint["backbone"])
+def unpack_model(checkpoint, path, model=None, network=DeepLabV2):
+    """The network of a checkpoint of any method, or `model` with its weights; InputError if the file is not ours.
+
+    network: the class to build. Those of one paper alone stand in that paper's file.
+    """
+    needed = ("method", "source", "toy_world", "toy_images", "step", "iterations", "backbone", "network", "classes",
+              "size", "model")
+    if missing := [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]:
+        raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(missing)} in it)")
+    network = network if model is None else type(model)
+    if checkpoint["network"] != network.__name__:
+        raise InputError(f"{path}: holds the network {checkpoint['network']} of {checkpoint['method']}.py, "
+                         f"expected {network.__name__}")
+    try:
+        if checkpoint["classes"] != list(task_classes(checkpoint["source"])):
+            raise ValueError("other classes than this source's")
+        model = model or network(len(checkpoint["classes"]), checkpoint["backbone"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this project ({one_line(error)})") from error
     what = f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes"
     load_weights(model, checkpoint["model"], path, what)
     return model
@@ -1421,18 +1373,15 @@ def load_init(model, args, run):
     if run.load("source_only.pt", model):
         return
     saved = read_checkpoint(args.init)
-    given = unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
-    if saved["method"] != "source_only":
-        raise InputError(f"{args.init}: a checkpoint of {saved['method']}; expected one of source_only.py, no --oracle")
+    unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
+    wanted = {"method": "source_only", **{key: getattr(args, key) for key in ("source", "toy_world", "backbone")}}
+    if wrong := [key for key in wanted if saved[key] != wanted[key]]:
+        raise InputError(f"{args.init}: expected a checkpoint of " + ", ".join(f"{key} {wanted[key]}" for key in wrong)
+                         + "; it is one of " + ", ".join(f"{key} {saved[key]}" for key in wrong))
     if saved["step"] < saved["iterations"]:
         raise InputError(f"{args.init}: stands at step {saved['step']} of {saved['iterations']}; "
                          "let source_only.py finish (--resume)")
-    keys = ("source", "toy_world", "backbone")
-    wrong = [key for key in keys if saved[key] != getattr(args, key)]
-    if wrong:
-        raise InputError(f"{args.init}: trained with " + ", ".join(as_typed(key, saved[key]) for key in wrong)
-                         + "; this run has " + ", ".join(as_typed(key, getattr(args, key)) for key in wrong))
-    model.load_state_dict(given.state_dict())
+    unpack_model(saved, args.init, model)
     run.save("source_only.pt", saved["step"], model)
 
 
@@ -1440,20 +1389,61 @@ def write_pseudo_labels(folder, labelled, args):
     """Writes pseudo-labels as PNGs into `folder`, one per image under its name.
 
     labelled: iterator over (batch with "name" and perhaps "label", pseudo-labels (N, H, W)). Returns what the log
-    shows: the share of pixels kept and, in the toy world only, their accuracy against the truth, which is used nowhere.
+    shows: the share of pixels kept and, in the toy world only, how many of these are right: of all, and of those given
+    to each class, mean over the classes. The truth is looked at here and used nowhere.
     """
-    total, kept, right = torch.zeros(3, dtype=torch.int64).unbind()
+    classes = task_classes(args.source)
+    metric, pixels = MeanIoU(len(classes)), torch.zeros(2, dtype=torch.int64)  # pixels: all, kept
     for batch, pseudo in labelled:
-        pseudo = pseudo.byte().cpu()
+        pseudo = pseudo.cpu()
         for name, values in zip(batch["name"], pseudo):
-            write_label(Path(folder) / f"{name}.png", values.numpy(), task_classes(args.source))
-        total += pseudo.numel()
-        kept += (pseudo != IGNORE).sum()
+            write_label(Path(folder) / f"{name}.png", values.numpy(), classes)
+        pixels += torch.tensor([pseudo.numel(), (pseudo != IGNORE).sum()])
         if "label" in batch:
-            right += ((pseudo == batch["label"]) & (pseudo != IGNORE)).sum()
-    # The sum also waits until all processes have written.
-    total, kept, right = all_sum(torch.stack([total, kept, right]).to(args.device)).tolist()
-    return {"kept": kept / total, **({"accuracy": right / max(kept, 1)} if args.source == "toy" else {})}
+            truth = batch["label"]
+            metric.update(truth, torch.where(truth == IGNORE, IGNORE, pseudo))  # a row per pseudo-label
+    total, kept = all_sum(pixels.to(args.device)).tolist()  # which also waits until all processes have written
+    told = {"kept": kept / total}
+    if args.source == "toy":
+        metric.sum_processes(args.device)
+        right = metric.confusion.diagonal().sum() / metric.confusion.sum().clamp(min=1)
+        told |= {"accuracy": right.item(), "accuracy_classes": metric.recall().nanmean().item()}
+    return told
+
+
+def run(main):
+    """Calls a script's main(); what a user can mend ends it with one line, anything else with Python's traceback."""
+    try:
+        main()
+    except InputError as error:
+        # An error raised in a loader process arrives with that process's traceback in front of it.
+        sys.exit("error: " + one_line(error).removeprefix("common.InputError: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if (remedy := remedy_for(error)) is None:
+            raise
+        sys.exit(f"error: {remedy}" + (f"; {Run.current.last_checkpoint()}" if Run.current else ""))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def remedy_for(error):
+    """One line on what a user can do about an error that torch raises, None for what is a mistake of ours."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return "out of memory; use less with --precision bf16, --batch-size 1, a smaller --crop or --preset small"
+    if "DataLoader worker" in text or "shared memory" in text:
+        return (f"a process that reads pictures has died ({one_line(error)[:100]}); its memory or /dev/shm may be too "
+                "small: fewer --workers, or --workers 0")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({one_line(error)[:100]}); it needs a C compiler; go on with --no-compile"
+    return None
 
 
 def run(main):
@@ -1504,17 +1494,22 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
 
 
-def distribute(module):
-    """The module as training must call it: under torchrun wrapped so that backward() averages gradients over processes.
+def distribute(module, args):
+    """The module as training must call it: compiled if so asked, and under torchrun with averaged gradients.
 
     Everything else (evaluation, copies, checkpoints) uses the bare module, whose weights are the same.
     """
-    if world_size() == 1:
-        return module
-    if next(module.parameters()).device.type == "cpu" and live_batch_norms(module):
-        raise InputError("several processes on CPUs need --init and --batch-norm frozen or target, or a network "
-                         "without batch norm: torch synchronises live batch norm on GPUs only")
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    if world_size() > 1:
+        if next(module.parameters()).device.type == "cpu" and live_batch_norms(module):
+            raise InputError("several processes on CPUs need --init and --batch-norm frozen or target, or a network "
+                             "without batch norm: torch synchronises live batch norm on GPUs only")
+        module = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return compiled(module, args)
+
+
+def compiled(module, args):
+    """The module for forwards inside a training step: with --compile a faster one of the same weights."""
+    return torch.compile(module) if args.compile else module
 
 
 def all_sum(tensor):
@@ -1533,61 +1528,65 @@ def describe(title, dataset, classes, samples):
     Returns at most four rows (image, label) to look at, and what is wrong with each file that could not be used.
     """
     chosen = some(dataset, samples or len(dataset)).indices
-    counts, sizes, rows, broken = np.zeros(256, np.int64), {}, [], []
+    counts, sizes, rows, broken = np.zeros(256, np.int64), collections.Counter(), [], []
     for index in chosen:
         try:
             item = dataset[index]
         except InputError as error:
             broken.append(str(error))
             continue
-        size = "x".join(map(str, item["image"].shape[1:]))
-        sizes[size] = sizes.get(size, 0) + 1
+        sizes["x".join(map(str, item["image"].shape[1:]))] += 1
         if "label" in item:
             counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
         if len(rows) < 4:
-            picture = to_picture(item["image"])
-            label = item.get("label", torch.full(picture.size[::-1], IGNORE))
-            rows.append([picture, colour_label(label, classes)])
-    labels = len(dataset) if counts.any() else "no"
-    print(f"{title}: {len(dataset)} images, {labels} labels; {len(chosen)} read, sizes "
+            label = item.get("label", torch.full(item["image"].shape[1:], IGNORE))
+            rows.append([to_picture(item["image"]), colour_label(label, classes)])
+    labels = "no labels"
+    if counts.any():
+        labels = f"{100 * (1 - counts[IGNORE] / counts.sum()):.1f} % of the pixels labelled"
+    print(f"{title}: {len(dataset)} images, {labels}; {len(chosen)} read, sizes "
           + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
     if counts.any():
         for name, pixels in [*zip(classes, counts), ("ignored", counts[IGNORE])]:
             print(f"    {name:14}{100 * pixels / counts.sum():6.2f} %")
     if broken:
         print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
-    if hasattr(dataset, "images"):
-        for line in suspicions(dataset, chosen):
-            print(f"    look: {line}")
+    for line in suspicions(dataset, chosen) if hasattr(dataset, "images") else ():
+        print(f"    look: {line}")
     return rows, broken
 
 
 def suspicions(dataset, chosen):
-    """Lines on what a data set of files silently leaves out or may have got wrong, judged by the chosen indices."""
+    """Lines on what a data set of files leaves out or may have got wrong, judged by the chosen indices."""
     used, lines = set(dataset.images), []
     others = [path for folder in sorted({path.parent for path in used}) for path in sorted(folder.iterdir())
-              if path not in used and path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+              if path not in used and path.suffix.lower() in PICTURES]
     if others:
         lines.append(f"{len(others)} files that are not read, such as {others[0]}; expected names like "
                      f"{dataset.images[0].name}")
     if dataset.labels is None:
         return lines
-    different, ids = [], set()
+    different, ids = [], np.zeros(256, np.int64)  # ids: how many pixels have each id
     for index in chosen:
-        with contextlib.suppress(InputError, OSError):  # broken files have been counted
-            with Image.open(dataset.images[index]) as image, Image.open(dataset.labels[index]) as label:
-                if image.size != label.size:
-                    different.append(index)
-            if not isinstance(dataset, Synthia):
-                ids.update(np.unique(read_label(dataset.labels[index])).tolist())
+        with contextlib.suppress(InputError):  # broken files have been counted
+            label = dataset.read_ids(dataset.labels[index])
+            ids += np.bincount(label.ravel(), minlength=256)
+            if open_image(dataset.images[index]).size != label.shape[::-1]:
+                different.append(index)
     if different:
         lines.append(f"{len(different)} of {len(chosen)} labels have another size than their image, such as "
                      f"{dataset.labels[different[0]]}; they are resized")
-    if ids == {IGNORE}:
-        lines.append(f"every pixel of the labels is 255, such as in {dataset.labels[0]}; expected Cityscapes labelIds")
-    elif ids and max(ids - {IGNORE}) < len(CLASSES):
-        lines.append(f"no label id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[0]}; "
-                     f"expected Cityscapes labelIds (road is 7, car is 26)")
+    lost = np.where(dataset.table == IGNORE, ids, 0)  # (256,): pixels whose id is no class
+    found = ", ".join(f"{i} ({100 * lost[i] / ids.sum():.1f} %)" for i in np.argsort(-lost)[:5] if lost[i])
+    if found:
+        lines.append(f"ids that are no class, the most frequent first: {found}")
+    if 2 * lost.sum() > ids.sum():
+        lines.append(f"most pixels have such an id, as in {dataset.labels[chosen[0]]}; expected "
+                     + ("SYNTHIA ids in the first of three 16-bit channels (road is 3, car is 8)"
+                        if isinstance(dataset, Synthia) else "Cityscapes labelIds (road is 7, car is 26)"))
+    elif not ids[len(CLASSES):IGNORE].any() and not isinstance(dataset, Synthia):
+        lines.append(f"no id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[chosen[0]]}; "
+                     "expected Cityscapes labelIds (road is 7, car is 26)")
     return lines
 
 
@@ -1597,18 +1596,23 @@ def main():
     add_data_flags(parser)
     add = parser.add_argument
     add("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
-    add("--picture", type=png_file, default="preview.png", metavar="FILE", help="where to draw the preview")
+    add("--picture", type=Path, default="preview.png", metavar="FILE.png", help="where to draw the preview")
     args = parse(parser)
     classes = task_classes(args.source)
     # Without a size each image and label is read as it stands in its file.
     args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
-    source_rows, source_broken = describe("source train", source_dataset(args), classes, args.samples)
-    _, train_broken = describe("target train", target_dataset(args, "train"), classes, args.samples)
-    target_rows, val_broken = describe("target val", target_dataset(args, "val"), classes, args.samples)
+    source_rows, broken = describe("source train", source_dataset(args), classes, args.samples)
+    target_rows, more = describe("target train", target_dataset(args, "train"), classes, args.samples)
+    broken += more
+    if scorable(args):
+        target_rows, more = describe("target val", target_dataset(args, "val"), classes, args.samples)
+        broken += more
+    else:
+        print("target val: no labels (cityscapes/gtFine/val); a network can be adapted to it, but not scored")
     if rows := source_rows + target_rows:
         draw_panel(args.picture, ["image", "label"], rows)
         print(f"{len(source_rows)} source and {len(target_rows)} target scenes drawn into {args.picture}")
-    if broken := source_broken + train_broken + val_broken:
+    if broken:
         raise InputError(broken[0])
 
 

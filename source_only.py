@@ -59,13 +59,12 @@ def poly_lr(base, step, steps, power=0.9):
 
 
 def make_optimizer(model, args):
-    """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
+    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
-                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
-                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
-    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=args.device == "cuda")
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=args.device == "cuda")
 
 
 def set_lr(optimizer, lr):
@@ -76,7 +75,7 @@ def set_lr(optimizer, lr):
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
     for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
@@ -113,11 +112,11 @@ def main():
         dataset = common.source_dataset(args, common.training_augment(args, args.source_size))
     model = common.build_model(args)
     train_source(model, dataset, args, run, "last.pt", args.iterations, args.lr)
-    if args.oracle:
-        columns = {"oracle": common.evaluate_target(model, args)}
-    else:
+    title, columns = "oracle" if args.oracle else "source only", {}
+    if run.scorable and args.oracle:
+        columns = {title: common.evaluate_target(model, args)}
+    elif run.scorable:
         columns = common.evaluate_source_only(model, args)
-    title = list(columns)[0]
     run.finish(columns, title)
     common.comparison_panel(run.folder / "panel.png", {title: model}, args)
 
