@@ -49,10 +49,7 @@ def load_checkpoint(path, device):
     """Contents of a checkpoint and its network on the device: DeepLabV2, or a class in the file of its method."""
     checkpoint, network = common.read_checkpoint(path), common.DeepLabV2
     if isinstance(checkpoint, dict) and checkpoint.get("method") in METHODS:
-        name = str(checkpoint.get("network"))
-        network = getattr(importlib.import_module(checkpoint["method"]), name, getattr(common, name, None))
-        if not isinstance(network, type):
-            raise common.InputError(f"{path}: its network, {name}, is not in {checkpoint['method']}.py")
+        network = getattr(importlib.import_module(checkpoint["method"]), str(checkpoint.get("network")), network)
     model = common.unpack_model(checkpoint, path, network=network)
     return checkpoint, model.to(device, memory_format=torch.channels_last).eval()
 
@@ -62,7 +59,7 @@ def task_of(checkpoint, args):
     task = argparse.Namespace(**vars(args))
     for key in ("source", "toy_world", "toy_images"):
         setattr(task, key, checkpoint[key])
-    task.size = getattr(args, "size", None) or tuple(checkpoint["size"])
+    task.size = tuple(getattr(args, "size", None) or checkpoint["size"])
     if isinstance(task.workers, common.BySource):
         task.workers = task.workers[task.source]
     return task
@@ -252,7 +249,7 @@ def summary(folders):
     return "\n".join(lines)
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -269,7 +266,7 @@ def parse_args():
     add("--export", type=Path, metavar="DIR", help="write predictions as PNGs; with --images None means predictions")
     add("--json", type=Path, metavar="FILE", help="write the table as JSON")
     common.add_machine_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.checkpoints = list(dict.fromkeys(args.checkpoints))
     if args.against and not args.summary:
         parser.error("--against needs --summary with the runs to compare")
@@ -284,8 +281,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     if args.summary:
         print(differences(args.summary, args.against) if args.against else summary(args.summary))
         return

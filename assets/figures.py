@@ -13,7 +13,6 @@ shows the labels of training images.
 """
 
 import argparse
-import copy
 import json
 import math
 import re
@@ -101,7 +100,7 @@ def save(file, picture):
         picture.save(temporary)
 
 
-# ===================================================== run folders =====================================================
+# ==================================================== run folders ====================================================
 
 
 def read_log(folder):
@@ -114,11 +113,10 @@ def read_log(folder):
 
 
 def open_run(folder, args, file="last.pt"):
-    """Contents of a checkpoint in a run folder, its network, and the run's settings as far as they are its task."""
+    """Contents of a checkpoint in a run folder, its network, and the run's settings, with those given here instead."""
     checkpoint, model = evaluate.load_checkpoint(folder / file, args.device)
-    settings = argparse.Namespace(**common.read_json(folder / "args.json") | vars(args))
-    settings.size = None  # the checkpoint's
-    return checkpoint, model, evaluate.task_of(checkpoint, settings)
+    settings = common.read_json(folder / "args.json") | {k: v for k, v in vars(args).items() if v is not None}
+    return checkpoint, model, evaluate.task_of(checkpoint, argparse.Namespace(**settings))
 
 
 def model_before(folder, adapted, device):
@@ -180,14 +178,14 @@ def draw_curves(folders):
     pen = ImageDraw.Draw(sheet)
     for k, (folder, (starts, _)) in enumerate(zip(folders, logs)):
         stages = ", ".join(f"{stage} from {start}" for stage, start in starts.items())
-        text = wrap(f"{folder.name}, steps 0 to {last}: {stages}", WIDTH // len(logs) - 16)
-        write(pen, (12 + k * (width + 12), 2), text.split("\n")[0], "la")
+        write(pen, (12 + k * (width + 12), 2), folder.name + f", steps 0 to {last}: {stages}" * (len(logs) == 1), "la")
     for i, (k, name) in enumerate(cells):
         (starts, curves), everywhere = logs[k], [v for _, c in logs for _, v in c.get(name, [])]
-        low, high, left, top = min(everywhere), max(everywhere), 12 + i % columns * (width + 12), 44 + i // columns * 120
-        pen.rectangle([left, top, left + width, top + height], outline="silver")
         if name not in curves:
             continue
+        low, high = min(everywhere), max(everywhere)
+        left, top = 12 + i % columns * (width + 12), 44 + i // columns * (height + 30)
+        pen.rectangle([left, top, left + width, top + height], outline="silver")
         points = np.array(curves[name], float)  # (n, 2): step, value
         write(pen, (left, top - 10), f"{name}   {points[-1, 1]:.4g}   ({points[:, 1].min():.4g} to "
                                      f"{points[:, 1].max():.4g})", size=13)
@@ -210,12 +208,16 @@ def validation_curve(lines):
     return points
 
 
-def averaged(curves):
-    """[(step, mean, standard error)] over several curves {step: value}, at the steps that all of them have."""
+def averaged(curves, bases):
+    """[(step, mean, standard error of the gain)] over curves {step: value}, at the steps that all of them have.
+
+    The gain is that over the base of each curve, the + BN target of its world: worlds differ more than methods do.
+    """
     table = []
     for step in sorted(set.intersection(*map(set, curves))):
         values = np.array([curve[step] for curve in curves])
-        table.append((step, values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0))
+        error = (values - bases).std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        table.append((step, values.mean(), error))
     return table
 
 
@@ -234,7 +236,9 @@ def curves_by_method(folders):
     if not groups:
         raise common.InputError(f"{folders[0]}, ...: no curve in any log; make the runs with --val-every")
     titles = {name: own if list(owns.values()).count(own) == 1 else f"{own}, {name}" for name, own in owns.items()}
-    curves = {titles[name]: averaged(list(group.values())) for name, group in groups.items()}
+    base = levels.get("+ BN target", {})
+    curves = {titles[name]: averaged(list(group.values()), [base.get(pair, 0) for pair in group])
+              for name, group in groups.items()}
     return curves, {title: np.mean(list(values.values())) for title, values in levels.items()}, evaluate.counted(
         [pair for group in groups.values() for pair in group])
 
@@ -248,34 +252,36 @@ def apart(places, least):
 
 
 def draw_steps(folders):
-    """Validation mIoU over adaptation steps: the mean per method with a band of its standard error; two baselines."""
+    """Validation mIoU over adaptation steps: per method the mean, and the standard error of its gain; two baselines."""
     curves, levels, count = curves_by_method(folders)
     last = max(table[-1][0] for table in curves.values())
     values = [v for table in curves.values() for _, mean, error in table for v in (mean - error, mean + error)]
     low, high = math.floor(min([*values, *levels.values()]) - 0.5), math.ceil(max([*values, *levels.values()]) + 0.5)
     left, right, top, bottom = 90, 1330, 80, 880  # drawn at twice the size
-    at = lambda step, value: (left + (right - left) * step / last, bottom - (bottom - top) * (value - low) / (high - low))
+    x_of = lambda step: left + (right - left) * step / last
+    y_of = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
     sheet = Image.new("RGB", (2 * WIDTH, 980), "white")
     pen = ImageDraw.Draw(sheet, "RGBA")
-    write(pen, (left, 30), f"mIoU on the target's validation split (mean over {count}; band: ± standard error)", size=30)
+    write(pen, (left, 30), f"the target's validation mIoU, mean over {count}; band: ± standard error of the gain over "
+                           "+ BN target", size=30)
     for value in range(low, high + 1, max(1, (high - low) // 8)):
-        pen.line([at(0, value), at(last, value)], fill=PALE, width=1)
-        write(pen, (left - 12, at(0, value)[1]), str(value), "rm", 28)
+        pen.line([left, y_of(value), right, y_of(value)], fill=PALE, width=1)
+        write(pen, (left - 12, y_of(value)), str(value), "rm", 28)
     for k in range(5):
-        write(pen, (at(last * k / 4, low)[0], bottom + 12), f"{last * k / 4:.0f}", "ma", 28)
+        write(pen, (x_of(last * k / 4), bottom + 12), f"{last * k / 4:.0f}", "ma", 28)
     write(pen, ((left + right) / 2, bottom + 50), "adaptation steps", "ma", 28)
     coloured = [(title, table, COLOURS[k % len(COLOURS)]) for k, (title, table) in enumerate(curves.items())]
     for _, table, colour in coloured:
-        edge = [at(step, mean + error) for step, mean, error in table]
-        edge += [at(step, mean - error) for step, mean, error in reversed(table)]
+        edge = [(x_of(step), y_of(mean + error)) for step, mean, error in table]
+        edge += [(x_of(step), y_of(mean - error)) for step, mean, error in reversed(table)]
         pen.polygon(edge, fill=(*colour, 40))
     ends = []
     for title, value in levels.items():
         for x in range(left, right, 24):
-            pen.line([(x, at(0, value)[1]), (x + 12, at(0, value)[1])], fill=GREY, width=4)
-        ends.append((at(0, value)[1], f"{title} {value:.1f}", DARK))
+            pen.line([x, y_of(value), x + 12, y_of(value)], fill=GREY, width=4)
+        ends.append((y_of(value), f"{title} {value:.1f}", DARK))
     for title, table, colour in coloured:
-        line = [at(step, mean) for step, mean, _ in table]
+        line = [(x_of(step), y_of(mean)) for step, mean, _ in table]
         pen.line(line, fill=colour, width=6, joint="curve")
         for x, y in line:
             pen.ellipse([x - 7, y - 7, x + 7, y + 7], fill=colour)
@@ -285,7 +291,7 @@ def draw_steps(folders):
     return sheet.reduce(2)
 
 
-# ==================================================== the first picture ====================================================
+# ================================================= the first picture =================================================
 
 
 def draw_panel(folders, args, scenes=4):
@@ -302,7 +308,7 @@ def draw_panel(folders, args, scenes=4):
             label = predict(model, item["image"][None], task).argmax(1)[0]
             labels.append(torch.where(item["label"] == common.IGNORE, common.IGNORE, label))
         rows.append([common.to_picture(item["image"]), *(common.colour_label(label, classes) for label in labels)])
-    titles = ["image", "truth", *(f"{result['own']}\n{result['miou']:.1f}" for _, result in runs)]
+    titles = ["image", "truth", *(f"{result['own']}\nmIoU {result['miou']:.1f}" for _, result in runs)]
     return stack(grid(titles, rows, 2 * WIDTH, 28), legend(classes, 2 * WIDTH, 28))  # twice the size: for a closer look
 
 
@@ -347,7 +353,7 @@ def draw_lse(folders, args, scenes=5):
 
 @torch.no_grad()
 def cpsl_labels(folder, args):
-    """A function of pictures uint8 (N, 3, H, W): argmax P_ST, argmax P_SL, rectified labels, (N, H, W) each; and r (K,).
+    """A function of pictures uint8 (N, 3, H, W): argmax P_ST, argmax P_SL, rectified labels; then r (K,) and the task.
 
     All by what the run kept: the frozen warm-up model, the momentum network and its prototypes at the end.
     """
@@ -355,8 +361,8 @@ def cpsl_labels(folder, args):
 
     checkpoint, momentum, task = open_run(folder, args)
     _, warm, _ = open_run(folder, args, "warmup.pt")
-    state, temperature = checkpoint["teacher_head"], common.read_json(folder / "args.json")["temperature"]
-    common.load_weights(momentum, checkpoint["teacher"], folder / "last.pt", "the momentum network")
+    state, temperature = checkpoint["momentum_head"], common.read_json(folder / "args.json")["temperature"]
+    common.load_weights(momentum, checkpoint["momentum"], folder / "last.pt", "the momentum network")
     head = cpsl.SelfLabelingHead(*state["prototypes"].shape).to(task.device)
     common.load_weights(head, state, folder / "last.pt", "the self-labelling head")
 
@@ -379,14 +385,15 @@ def changes(picture, before, after, truth):
 
 def share_table(rows, classes):
     """A picture: a column per class, with its colour and name, a row per {title: shares (K,)}, in percent."""
-    size, left = 13, 76
-    step, top = (WIDTH - left) / len(classes), 44
+    size, left = 13, 64
+    step, top = (WIDTH - left) / len(classes), 46
+    broken = lambda word: word if len(word) < 8 or " " in word else f"{word[:len(word) // 2]}-\n{word[len(word) // 2:]}"
     sheet = Image.new("RGB", (WIDTH, top + 20 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(classes):
         x = left + (k + 0.5) * step
         pen.rectangle([x - step / 2 + 3, 0, x + step / 2 - 3, 7], fill=class_colour(name))
-        write(pen, (x, 12), "\n".join(part[:8] for part in name.split(" ")), "ma", 11 if len(classes) > 16 else 12)
+        write(pen, (x, 12), broken(name).replace(" ", "\n"), "ma", size)
         for line, shares in enumerate(rows.values()):
             write(pen, (x, top + 20 * line + 8), f"{100 * shares[k]:.2g}" if shares[k] else "0", "mm", size)
     for line, title in enumerate(rows):
@@ -416,8 +423,8 @@ def draw_cpsl(folders, args, scenes=5, images=400):
                   "changed: right green, wrong red", "truth"], [row for _, row in rows])
     share = lambda counts: counts.double() / counts.sum().clamp(min=1)
     confusion = metrics[2].confusion
-    return stack(panel, share_table({"true %": share(confusion.sum(1)), "r %": r, "product %": share(confusion.sum(0))},
-                                    classes))
+    shares = {"truth, %": share(confusion.sum(1)), "r, %": r, "labels, %": share(confusion.sum(0))}
+    return stack(panel, share_table(shares, classes))
 
 
 @torch.no_grad()
@@ -488,8 +495,8 @@ def draw_sdca(folders, args, names=("road", "building", "car", "person")):
             left, mask = 70 + k * (width + 34), y == classes.index(name)
             write(pen, (left + width / 2, top - 24), f"{name}: own nearer {nearer(mask)}", "mm", 28)
             scatter(pen, left, top, width, torch.stack([own, other])[:, mask], class_colour(name), low)
-    write(pen, (70, sheet.height - 30), f"right: cosine with the nearest other class mean, {low:.2g} to 1; up: with the "
-                                        "own one; above the diagonal the own one is nearer", size=28)
+    write(pen, (70, sheet.height - 30), "rightwards: cosine with the nearest other class mean; up: with the own one; "
+                                        "above the diagonal it is nearer", size=28)
     return sheet.reduce(2)
 
 
@@ -545,6 +552,8 @@ def draw_drsl(folders, args, names=("building", "car")):
     import drsl
 
     checkpoint, model, task = open_run(folders[0], args)
+    if "head" not in checkpoint:
+        raise common.InputError(f"{folders[0]}: a run without modes")
     C, K, E = checkpoint["head"]["representatives"].shape
     head, toy = drsl.ModeHead(model.feature_dim, C, K, E).to(task.device), task.source == "toy"
     common.load_weights(head, checkpoint["head"], folders[0] / "last.pt", f"{K} modes of {C} classes")
@@ -607,7 +616,7 @@ FLOW = {
         ce_t=("loss", 4, 1, 2, "cross-entropy, focal loss"),
         image=("picture", 0, 2, 2, "the whole target image"),
         still=("fixed", 1, 2, 2, "network at the start of the round"),
-        sure=("label", 2, 2, 2, "labels: sure pixels of each class's best images"),
+        sure=("label", 2, 2, 2, "sure pixels of each class's best images"),
         cut=("label", 3, 2, 2, "the same window of them, enlarged")),
         "source net, net ce, window net, net ce_t, image still, still sure, sure cut, cut ce_t"),
     "CPSL: prototypes, kept in balance by the class shares r, correct fixed labels": (boxes(
@@ -625,7 +634,7 @@ FLOW = {
         "source net, net ce, view net, net sce, image warm, image momentum, warm p_st, momentum proto, p_st product, "
         "proto product, product sce, proto q, q sl, proto sl"),
     "SDCA: pixels of both domains are pulled to the source's class distributions": (boxes(
-        3, "cross-entropy, Lovász-softmax, true label",
+        3, "cross-entropy and Lovasz-softmax",
         target=("picture", 0, 1, 3, "target image"),
         bound=("loss", 4, 1, 3, "contrastive bound on the pixels of both domains"),
         statistics=("label", 2, 2, 2, "source: mean and variance of each class"),
@@ -633,10 +642,9 @@ FLOW = {
         image=("picture", 0, 4, 4, "afterwards: target image"),
         still=("fixed", 1, 4, 4, "adapted network"),
         labels=("label", 2, 4, 4, "labels above each class's threshold"),
-        student=("learns", 3, 4, 4, "network, on target images alone"),
-        ce_t=("loss", 4, 4, 4, "cross-entropy")),
-        "source net, net ce, target net, net bound, net statistics, net sure, statistics bound, sure bound, image still, "
-        "still labels, labels student, student ce_t"),
+        ce_t=("loss", 4, 4, 4, "cross-entropy of the network with them")),
+        "source net, net ce, target net, net bound, net statistics, net sure, statistics bound, sure bound, "
+        "image still, still labels, labels ce_t"),
     "DRSL: modes inside each class, aligned between the domains": (boxes(
         3,
         target=("picture", 0, 1, 3, "target image"),
@@ -655,14 +663,14 @@ FLOW = {
 def box_place(box, top):
     """Left, top, right, bottom of a box of a method whose first row begins at `top`; everything at twice the size."""
     _, column, first, last, _ = box
-    return 4 + 360 * column, top + 84 * first, 308 + 360 * column, top + 84 * last + 66
+    return 4 + 370 * column, top + 84 * first, 312 + 370 * column, top + 84 * last + 66
 
 
 def arrow_ends(a, b):
     """Where an arrow from place a to place b starts and ends: level or upright if they face each other."""
-    low, high = max(a[1], b[1]), min(a[3], b[3])  # the rows that both have
+    low, high = max(a[1], b[1]), min(a[3], b[3])  # the rows that both have: in the first of them
     if low < high:
-        return (a[2], (low + high) / 2), (b[0], (low + high) / 2)
+        return (a[2], low + 33), (b[0], low + 33)
     if a[0] == b[0]:  # same column
         x = (a[0] + a[2]) / 2
         return ((x, a[1]), (x, b[3])) if a[1] > b[1] else ((x, a[3]), (x, b[1]))
@@ -690,11 +698,11 @@ def draw_flow():
     heights = [84 * (1 + max(box[3] for box in kinds.values())) for kinds, _ in FLOW.values()]
     sheet = Image.new("RGB", (2 * WIDTH, 90 + sum(heights) + 70 * len(FLOW)), "white")
     pen, top = ImageDraw.Draw(sheet), 90
-    for k, (text, colour) in enumerate(KINDS.values()):
-        pen.rounded_rectangle([4 + 250 * k + 60 * (k > 2), 10, 34 + 250 * k + 60 * (k > 2), 40], 6, fill=colour)
-        write(pen, (44 + 250 * k + 60 * (k > 2), 25), text, size=26)
-    draw_arrow(pen, (1320, 25), (1380, 25), ORANGE, 8)
-    write(pen, (1390, 25), "a gradient flows back here", size=26)
+    for x, (text, colour) in zip((4, 200, 370, 760, 1080), KINDS.values()):
+        pen.rounded_rectangle([x, 10, x + 30, 40], 6, fill=colour)
+        write(pen, (x + 40, 25), text, size=26)
+    draw_arrow(pen, (1370, 25), (1430, 25), ORANGE, 8)
+    write(pen, (1440, 25), "a gradient flows back here", size=26)
     for (title, (kinds, arrows)), height in zip(FLOW.items(), heights):
         write(pen, (4, top), title, size=32)
         top += 36
@@ -717,7 +725,7 @@ def parse_args(argv=None):
     add("figure", choices=("curves", "steps", "panel", "idea", "flow"), help="what to draw")
     add("runs", nargs="*", metavar="RUN", type=Path, help="run folders")
     add("--out", required=True, metavar="FILE.png", type=Path, help="the picture")
-    add("--data-root", metavar="DIR", help="holds the data; the toy world needs none")
+    add("--data-root", metavar="DIR", help="holds the data; None means the run's")
     common.add_machine_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.runs) == (args.figure == "flow"):
