@@ -39,8 +39,11 @@ for w in $worlds; do
     train steps sdca.py $start --lambda-feat 0 --lambda-out 0 --lambda-lov 0 --no-ssl
 done
 
-# The first table; then each method against plain self-training, against its host (the idea off), the host against it.
+# The first table, and SDCA's source steps alone. Then each method against plain self-training, its host (the idea off)
+# against that, and the idea on against off.
 python evaluate.py --summary $(of source plain lse cpsl sdca drsl oracle)
+echo
+python evaluate.py --summary $(of steps)
 for pair in lse:plain cpsl:plain sdca:plain drsl:plain \
             whole:plain fixed_labels:plain no_contrast:plain \
             lse:whole both:whole cpsl:fixed_labels cpsl:held cpsl:uniform sdca:no_contrast drsl:one_mode one_mode:plain
