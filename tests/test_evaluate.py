@@ -160,7 +160,7 @@ def test_pictures_of_ones_own(inside):
     Image.fromarray(pixels[:80]).save("album/deep/street.png")  # the same name in another folder
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held on its side
-    Image.fromarray(pixels).save("album/deep/turned.jpeg", exif=turned)
+    Image.fromarray(pixels).save("album/deep/turned.JPEG", exif=turned)
     Path("album/notes.txt").write_text("no picture")
     evaluate.main(["a.pt", "--images", "holiday.JPG", "album", "album/street.PNG", "--panel", "panel.png"])
     sizes = {"holiday": (133, 99), "album-street.PNG": (140, 100), "album-deep-street.png": (140, 80),
