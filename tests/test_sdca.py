@@ -370,7 +370,7 @@ def test_thresholds_of_tiny_sets(values, expected):
     """Element number round(n / 2), halves to even, counted from 0; a confidence of 1 falls into the last bin."""
     prob = torch.tensor([values, [0.0] * len(values)]).view(1, 2, 1, len(values))
     assert class_thresholds(confidence_histogram(prob), maximum=1.0).tolist() == [expected, 0]
-    huge = torch.tensor([[0, 2**40 + 1, 2**40 - 1, 0], [0, 2**40, 2**40, 0]])
+    huge = torch.tensor([[0, 2**40 + 1, 2**40 - 1, 0], [0, 2**40 + 1, 2**40 + 1, 0]])
     assert class_thresholds(huge).tolist() == [0.25, 0.5]  # nothing rounds
 
 
