@@ -28,7 +28,7 @@ portion grows, this border moves down the list, and the threshold follows. (Our 
 
 The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. Here it hardly
 holds: on the toy the network is about as certain of an enlarged window as of the whole image, and wrong. Entropy cannot
-see that, the cross-entropy between the two views can. Both are measured, see "meters (ours)".
+see that. The cross-entropy between the two views can, and both are measured: see "meters (ours)".
 
 Notation
 --------
