@@ -4,139 +4,109 @@
     Semantic Segmentation", CVPR 2022, arXiv 2203.09744. Authors' code: github.com/lslrh/CPSL, derived from
     microsoft/ProDA.
 
-Of the paper only abstract and Figure 1 with its caption were available; the equations below come from the authors'
-released code, checked against their training logs. Labels such as CPSL-6 are this project's own. Of the paper's own
-numbers two are known, from a question that its first author answered (issue 5 of the code): Eq. 9, the sampling, and
+READ THIS FIRST. Of the paper only abstract and Figure 1 with its caption were available. The equations below come from
+the authors' released code and were checked against their training logs. Labels such as CPSL-6 are this project's own,
+and the missing CPSL-8, 9, 14 and 15 are gaps on purpose: terms of that code that are left out here. Two of the paper's
+own numbers are known, from a question that its first author answered (issue 5 of the code): Eq. 9, the sampling, and
 Eq. 12, the constraint of the transport problem. Origin of equations and flags ("that [P]": the paper has such a term):
 
     [P] the paper's abstract or Figure 1   [A] the author in that issue   [C] the authors' code only   [U] our choice
 
 The idea in five sentences
 --------------------------
-1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST [P] (here by a frozen copy of it, deviation 3).
-2. While the network trains on the target, a momentum copy of it supplies pixel features, and a self-labelling head [P],
-   one prototype per class compared by cosine [C], learns online from optimal-transport assignments of sampled pixels
-   and a memory bank of past ones [P].
-3. The transport problem is told how much of the target each class covers, namely what the pseudo-labels say: that makes
-   the self-labelling class-balanced [P, C]. A uniform marginal would give the tail more than its share.
-4. The momentum head's soft assignment P_SL rectifies the fixed labels, and the network learns from P_SL * P_ST [P].
-5. What the network learned is then distilled twice [C], here if asked (--distill 2), each time into a fresh one [U].
+1. A warmed-up model labels the target: fixed soft pseudo-labels P_ST, biased towards the source and the frequent
+   classes [P].
+2. So the pixels of the target are also clustered by what they look like to the network, or rather to a slowly following
+   copy of it, the momentum network [P]; a cluster (the abstract's word) is one prototype per class here, and a pixel is
+   compared with it by cosine [C].
+3. The prototypes label sampled pixels themselves and learn from that: a transport problem assigns every pixel a class
+   so that the total similarity is largest while class k receives exactly a share r_k of the pixels [P].
+4. The shares r are those of the pseudo-labels, which makes the self-labelling class-balanced [P]; equal shares would
+   give the rare classes more than is theirs.
+5. The momentum prototypes' soft assignment P_SL rectifies the fixed labels, the network learns from P_SL * P_ST, and
+   its features and these labels improve together [P].
 
 Notation
 --------
-    N images   K classes = prototypes (index k)   D feature channels   h x w feature grid
+    N images   K classes = prototypes = clusters (index k)   D feature channels   H x W picture   h x w feature grid
     B = M + n pixels in one transport problem: M of the memory bank, n of one image
-    x     target image   f, f'  features of the network, of its momentum copy   t, s  softmax of a teacher, a student
-    z_i   feature of pixel i from f'   c_k, c'_k  prototypes, their momentum average; a cosine takes all at unit length
-    P     softmax of the segmentation network   P_ST  the warm-up model's   P_SL  the momentum head's   y  label
-    S_ik  score of pixel i for class k     Q_i  assignment of pixel i, sums to 1     r  class marginal, sums to 1
-    T     temperature    eps  weight of the entropy H    alpha, beta, lambda_SL, lambda_cons, lambda_KD  loss weights
-    A     -ln 1e-4 = 9.2103
+    x     target image in its own colours      x'  the same in other colours      x''  the same distorted more strongly
+    f, f'  features of the network, of the momentum network   c_k, c'_k  prototypes, their momentum average
+    z_i   feature f' of pixel i         cos  the cosine: features and prototypes at unit length
+    P     softmax of the network        P_ST  the warm-up model's      P_SL  the momentum prototypes'      y  label
+    S_ik  similarity of pixel i and class k    Q_ik  assignment (B x K)    r_k  share of class k, all sum to 1
+    t, s  the softmax that is followed, the softmax that follows      A  -ln 1e-4 = 9.2103
+    T     temperature      eps  weight of the entropy      lambda_SL, lambda_cons, lambda_KD  weights of losses
+    alpha, beta  weights of CE and reverse CE (in scale_invariant.py beta is the weight of its focal loss)
 
 Equations
 ---------
     CPSL-1   L_src = mean_i -log P_i[y_i] on source                                                               [C]
-    CPSL-2   CE    = mean_i -log P_i[y_i] on target, y of CPSL-17                                   that [P], form [C]
+    CPSL-2   CE    = mean_i -log P_i[y_i] on x', y of CPSL-17                                       that [P], form [C]
     CPSL-3   RCE   = mean_i -sum_k P_i[k] log clamp(onehot(y_i)[k], 1e-4, 1) = mean_i A (1 - P_i[y_i])            [C]
              (theirs also lifts P to at least 1e-7, which adds less than 2e-5)
     CPSL-4   L_t   = alpha CE + beta RCE, alpha 0.1, beta 1                                                       [C]
-    CPSL-5   Q = argmax <Q, S> + eps H(Q) over Q >= 0 (K x B) whose columns sum to 1/B and rows to r              [C]
-             the constraint on the rows is the paper's Eq. 12                                                     [A]
-    CPSL-6   solved by Sinkhorn-Knopp: Q = exp(S / eps); 3 times: scale row k to sum r_k, then each column to sum 1/B;
-             return (B Q)^T. A problem per image: S = cos(z, c) of [bank; its pixels], whose rows alone are kept  [C]
+    CPSL-5   Q = argmax sum_ik Q_ik S_ik - eps Q_ik log Q_ik over Q >= 0 (B x K) whose rows sum to 1/B            [C]
+             and columns to r_k, the paper's Eq. 12                                                               [A]
+    CPSL-6   solved by Sinkhorn-Knopp: Q = exp((S - max S) / eps); 3 times: scale column k to sum r_k, then each  [C]
+             row to sum 1/B; return B Q. A problem per image: S = cos(z, c) of [bank; its pixels]; the latters' rows
     CPSL-7   L_SL  = mean_i -sum_k Q_i[k] log softmax_k(cos(z_i, c_k) / T)                           that [P], form [C]
     CPSL-10  L_cons = mean over (n, k, h, w) of t (log t - log s): a KL divergence divided by K;                  [C]
-             t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(strong view of x), c'_k) / T)
+             t = softmax_k(cos(f'(x), c'_k) / T), s = softmax_k(cos(f(x''), c'_k) / T)
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, weights 5 and 0.1                             [C]
-    CPSL-12  later stages: L = L_src + CE(student on strong view, y of the previous student) + lambda_KD L_KD     [C]
-    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student            [U, see 8]
+    CPSL-12  later stages: L = L_src + CE(student on x'', y of the previous student) + lambda_KD L_KD             [C]
+    CPSL-13  L_KD = mean over (n, k, h, w) of t (log t - log s), t previous student, s student        [U, deviation 5]
     CPSL-16  P_SL = softmax_k(cos(f'(x), c'_k) / T), T = 0.08                                        that [P], form [C]
     CPSL-17  y    = argmax_k P_SL[k] P_ST[k]                                                product [P], hard label [C]
     CPSL-18  of an image's n sampled pixels class k gets n n_k / (h w), rounded up or down,      Eq. 9 [A], form [U]
              n_k: cells of the grid with y = k
 
-Gradients: L_SL reaches the prototypes c and nothing else [P]; L_cons the network and not c' [C]; Q, y and the momentum
-copies receive none.
+Gradients: L_SL reaches the prototypes c and nothing else [P]. L_cons reaches the network and not c' [C]. Q, y and the
+momentum copies receive none.
 
 The algorithm                                                                 paper's notion -> function
 -------------                                                                 --------------------------
 1. Source-only training, or --init.                                           train_source
-2. The warm-up model: its batch norm as --batch-norm says; then               prepare
+2. The warm-up model: its batch norm as --batch-norm says. Then               prepare
    r, the histogram of its labels, and the prototypes, class means.           class_sums
 3. Self-training. Each step, on a batch of source and one of target images:   step_losses
-     P_ST by the frozen warm-up model, P_SL by the momentum network and head,
-     their product as label, CPSL-16, -17                                     SelfLabelingHead, rectify
-     source CE and symmetric CE on the target, CPSL-1 to -4                   segmentation_loss,
-                                                                              symmetric_cross_entropy
+     who labels sees the clean picture: P_ST by the frozen warm-up model,
+     P_SL by momentum network and prototypes, y from both, CPSL-16, -17       target_labels, rectify
+     who learns sees it in other colours: CE on source, symmetric CE on       segmentation_loss,
+     target, CPSL-1 to -4                                                     symmetric_cross_entropy
      sampled pixels, CPSL-18, and their assignment together with the          pick_pixels, MemoryBank,
-     bank's, CPSL-5, -6                                                       assign, sinkhorn
-     the prototypes learn from it, CPSL-7                                     self_labeling_loss
-     a distorted view must be seen as the momentum network sees the plain     strong_view, kl_divergence
-     one, CPSL-10; then both momentum copies follow                           update_average
+     bank's, CPSL-5, -6; the prototypes learn from it, CPSL-7                 assign, sinkhorn, self_labeling_loss
+     a distorted view must look to the network as the clean one looks to      strong_view, consistency_loss
+     the momentum network, CPSL-10; then both momentum copies follow          update_average
 4. --distill N: N times a fresh student learns from the last, CPSL-12, -13.   label_target, distill
 5. Evaluate the last student.
 
-Deviations
-----------
- 1. Left out: the contrastive term CPSL-14 (its labels are misaligned with its features twice, in the authors' log it
-    never falls), CPSL-8 (a second L_SL from logits; Figure 1 has one), CutMix (whose labels the authors' code did not
-    paste at first), colour transfer in LAB space, adversarial warm-up CPSL-15.
- 2. Strong view. Authors: RandAugment with geometry, a flip and cutout, labels warped along. Here: blur and colour
-    jitter, each with probability 0.5 and per image.
- 3. P_ST. Authors: of the whole target on disk, 7.5 GB, from clean images, probabilities resized. Here: the frozen
-    warm-up model sees the augmented images of the student, every step, its logits resized: no file, no geometry.
-    r comes from clean whole images, so that marginal and sampled pixels differ a little.
- 4. Momentum network. Authors: it sees whole clean images; features are resized and cropped to match the student's.
-    Here: it sees the student's batch.
- 5. Resolution of labels and target loss. Authors: a quarter, features upsampled and then compared. Here: compared on
-    the stride-8 grid, cosines and logits upsampled to full resolution.
- 6. Sampling. Paper: class by class, Eq. 9. Authors' code: uniform over the pixels, one draw for all images.
-    Here: --sampling proportional, a stratified draw per image by the rectified labels [U], or uniform.
- 7. Consistency. Authors: always. Here: on for real data; off on the toy, to keep it fast. --no-rectify has no
-    prototypes and so no consistency either: compare it with a run with --no-consistency.
- 8. Distillation loss. Authors: the student's softmax in place of its logarithm, no divergence (their log goes below
-    zero). Here: the KL divergence.
- 9. Bank scores. Authors: with prototypes that are not of unit length; c and c' share memory until the first update.
-    Here: unit length; a copy. Where r_k = 0 theirs gives NaN, ours nothing for class k.
-10. Order. Authors: the pixels of an image enter the bank before the next image is solved. Here: every image has its
-    problem with the same bank, then all enter. Before the bank is full it is not used, as theirs. Under torchrun each
-    process keeps a bank of its own pixels, and after a resume all start with the first one's.
-11. Momentum network's mode. Authors: training mode with Dropout2d. Here: training mode, so that live batch norm sees
-    the batch's own statistics; there is no dropout.
-12. Prototypes' start. Authors: four passes, image means of classes with at least 10 of 33 153 positions, a running mean
-    that after 3000 images weighs each further one by 1/3001. Here: one pass, the same share of the grid, a plain mean.
-    A class that no image has enough pixels of starts from a random prototype.
-13. Features. Authors: 256 signed channels of ProDA's head. Here: the shared DeepLabV2's last layer, after its ReLU, or
-    with --head proda the authors' head without Dropout2d, which trains its own source-only model; only this file can
-    rebuild its checkpoints. With ResNet-101's 2048 channels the bank takes 0.5 GB, with 256 an eighth of that.
-14. Optimizer. Authors: SGD, rate 1e-4 and five times that for head and prototypes, weight decay 2e-4; past 90 000 steps
-    its schedule takes a root of a negative number. Here: their rates on real data without --preset, after --ramp steps,
-    for 2 + 2 images instead of 4 + 4, decay 5e-4 but none on prototypes. Toy and small preset: AdamW, twice the rate
-    for the prototypes. AdamW moves them by that rate however small lambda_SL is. Moved far (five times the rate), they
-    encode the class shares; P_ST encodes them as well, so the product counts them twice and the labels get worse.
-15. Distillation. Authors: SimCLR weights and a batch norm more, the second round starts from the first's student. Here:
-    each round starts from --backbone-weights.
-16. Reported. Authors: the checkpoint that is best on the target's validation labels. Here: the last one.
+Of the abstract, "without extra training rounds" holds up to step 3. The authors' best figures need step 4, which is two
+rounds more. For orientation, their GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two
+distillations 59.4 and 60.8 mIoU. Nobody has run this file on GTA5.
 
-    setting                              authors                         here
-    batch norm                           synchronised, live              --batch-norm, as in all files
-    input                                RGB/255                         ImageNet mean and deviation
-    training images                      896x512 of 2200 wide, 0.5-1.5   --crop, 1.0-1.5 (toy: no scaling), and jitter
-                                                                         of their colours, in the weak view too
-    evaluation                           2048x1024                       --size
-    pixels, bank, momentum on the toy    256, 65536, 0.999               64, 4096, 0.99
-    weight alpha of CE on the toy        0.1                             1: so few steps learn little from RCE alone
-
-For orientation, the authors' GTA5 runs (best on validation): warm-up 41.4, step 3 55.7, after one and two distillations
-59.4 and 60.8 mIoU. Nobody has run this file on GTA5.
+Deviations that change the method (the others: end of the file)
+---------------------------------------------------------------
+1. Rate of the prototypes. Authors: SGD, five times the network's rate. Here: SGD of their own, --prototype-lr, whatever
+   the network has. AdamW would take lambda_SL out of L_SL's gradient.
+2. Sampling. Authors' code: uniform over the pixels, one draw for all images. Here, as in the paper: --sampling
+   proportional, by CPSL-18 and per image [U], or uniform.
+3. Features. Authors: 256 signed channels of ProDA's head, taken after the context. Here: those of the shared DeepLabV2,
+   taken before it, after a ReLU, or with --head proda the authors' head, which trains its own source-only model.
+4. Left out: the contrastive term CPSL-14 (its labels are misaligned with its features, and in the authors' log it never
+   falls), CPSL-8 and 9 (a second L_SL, from logits), CutMix, colour transfer, the adversarial warm-up CPSL-15.
+5. Divergences. Authors: x'' is also warped and cut out; in CPSL-13 a softmax stands in place of its logarithm, so that
+   their loss goes below zero. Here: blur and colours only, a true KL divergence; CPSL-10 is off on the toy.
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, CPSL 33.4 mIoU
 (--no-rectify 32.7, --marginal uniform 34.9); labels of the train images 33.3 fixed, 33.9 rectified; 6 minutes on one
 thread of an AVX2 core, 1.0 GB. With --distill 2 the toy ends at 22.1 (seed 0): the students start from random weights,
-for which 240 steps are too few. The shares of the pseudo-labels starve the tail themselves, and P_SL P_ST counts them
-twice: see the README.
+for which 240 steps are too few.
+
+(figures)
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
+    python cpsl.py --hold-prototypes                    # rectification by class means that stay where they are
     python cpsl.py --marginal uniform                   # a transport problem that knows nothing of the classes
     python cpsl.py --no-rectify                         # self-training on argmax P_ST
     python cpsl.py --distill 2                          # with both distillation stages
@@ -146,6 +116,7 @@ twice: see the README.
 import argparse
 import copy
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -161,17 +132,18 @@ import common
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K): each pixel's K values sum to 1.
 
-    CPSL-5 lays Q out the other way round, K x B. In logarithms, which no score over- or underflows, and in float32 at
-    least, also under autocast. The mean over the pixels approaches r with more rounds; r_k = 0 gets nothing.
+    With more rounds the mean over the pixels approaches r. A class with r_k = 0 gets nothing. In float32 at least, also
+    under autocast: cosines differ by 2 at most, and exp(-2 / 0.05) = 4e-18 is far from its smallest number.
     """
-    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (..., B, K)
-    log_r = marginal.to(log_q).log()  # (K,)
+    S, r = scores.to(torch.promote_types(scores.dtype, torch.float32)), marginal.to(scores.device)  # (..., B, K), (K,)
+    tiny = torch.finfo(S.dtype).tiny  # 0 / tiny is 0 where 0 / 0 would be NaN
+    # CPSL-6
+    largest = S.amax((-2, -1), keepdim=True) if S.numel() else 0.0
+    Q = ((S - largest) / epsilon).exp()  # (..., B, K)
     for _ in range(iterations):
-        # CPSL-6, rows: the values of class k sum to r_k (-inf - -inf where r_k is 0)
-        log_q = (log_q.log_softmax(-2) + log_r).nan_to_num(nan=-math.inf, neginf=-math.inf)
-        # CPSL-6, columns: the values of every pixel sum to 1, which is 1/B up to the factor B
-        log_q = log_q.log_softmax(-1)
-    return log_q.exp()
+        Q = Q * (r / Q.sum(-2, keepdim=True).clamp(min=tiny))  # columns: the values of class k sum to r_k
+        Q = Q / Q.sum(-1, keepdim=True).clamp(min=tiny)  # rows: those of a pixel to 1, which is 1/B up to the factor B
+    return Q
 
 
 def assign(scores, past, marginal, epsilon=0.05, iterations=3):
@@ -213,12 +185,12 @@ def self_labeling_loss(features, prototypes, assignment, temperature=0.08):
     return loss.sum() / max(loss.numel(), 1)
 
 
-def kl_divergence(teacher, student):
+def kl_divergence(guide, follower):
     """CPSL-10 and CPSL-13: KL divergence of softmaxes, from logits (N, K, h, w), mean over all entries.
 
-    The teacher's side is cut from the graph.
+    The guide's side is cut from the graph.
     """
-    log_t, log_s = teacher.detach().float().log_softmax(1), student.float().log_softmax(1)  # (N, K, h, w)
+    log_t, log_s = guide.detach().float().log_softmax(1), follower.float().log_softmax(1)  # (N, K, h, w)
     # CPSL-10, CPSL-13
     return (log_t.exp() * (log_t - log_s)).mean()
 
@@ -239,6 +211,10 @@ class SelfLabelingHead(nn.Module):
         """(N, D, h, w) -> cosines (N, K, h, w)."""
         weight = F.normalize(self.prototypes, dim=1)[:, :, None, None]  # (K, D, 1, 1)
         return F.conv2d(F.normalize(features.float(), dim=1), weight)
+
+    def moved(self):
+        """How far the prototypes are from their start: 1 - cosine, mean over the classes."""
+        return 1 - F.cosine_similarity(self.prototypes.detach(), self.start, dim=1).mean()
 
     def forward(self, features, assignment, temperature):
         """CPSL-7. It is computed in here because DistributedDataParallel averages gradients of what goes through it."""
@@ -350,7 +326,90 @@ class ProDANetwork(common.DeepLabV2):
         return features, self.classifier["classify"](features)
 
 
-# =================================================== the training ===================================================
+# ================================================ one training step ================================================
+
+
+def strong_view(images, *seed):
+    """The same scenes, half of them blurred, half with other colours: uint8 (N, 3, H, W) -> the same. Geometry stays.
+
+    seed: numbers. Every image of the global batch gets its own distortion, whichever process it is in.
+    """
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    first, batch = common.rank() * len(images), common.world_size() * len(images)
+    u = torch.rand(2, batch, generator=torch.Generator().manual_seed(common.mix_seed(*seed)))
+    # (2, N, 1, 1, 1): which of this process's images
+    blurred, coloured = (u < 0.5)[:, first:first + len(images), None, None, None].to(images.device, non_blocking=True)
+    images = torch.where(blurred, gaussian_blur(images, [5, 5], [1.0, 1.0]), images)
+    return torch.where(coloured, common.colour_jitter(images, *seed, strength=0.4), images)
+
+
+def target_labels(images, models, args):
+    """Labels y (N, H, W) of clean target images, argmax P_ST beside them, and the momentum features (N, D, h, w).
+
+    models: warm_up, momentum and momentum_head are asked. Without rectification y is argmax P_ST, without features.
+    """
+    with torch.no_grad():
+        with common.autocast(args):
+            _, logits = models.warm_up(images)  # (N, K, h, w)
+        p_st = common.upsample(logits.float(), images.shape[2:]).softmax(1)  # P_ST, (N, K, H, W)
+        fixed = p_st.max(1).indices  # (N, H, W)
+        if not args.rectify:
+            return fixed, fixed, None
+        with common.autocast(args):
+            features, _ = models.momentum(images)  # f'(x), (N, D, h, w)
+        cosine = common.upsample(models.momentum_head.cosine(features), images.shape[2:])  # (N, K, H, W)
+        return rectify(p_st, cosine, args.temperature), fixed, features  # CPSL-16, CPSL-17
+
+
+def prototype_loss(features, y, models, args, generator):
+    """CPSL-7: the prototypes learn from the assignment of sampled pixels, which then enter the bank.
+
+    features (N, D, h, w) of the momentum network, y (N, H, W) its labels.
+    """
+    y = common.grid_labels(y, features.shape[2:])  # (N, H, W) -> (N, h, w)
+    u = torch.rand(y.shape, generator=generator, device=y.device)
+    position = pick_pixels(y, args.pixels, u, args.sampling == "proportional")  # (N, n), CPSL-18
+    z = F.normalize(take_pixels(features, position).float(), dim=2)  # (N, n, D)
+    c, r = F.normalize(models.head.prototypes.detach(), dim=1), models.head.marginal  # (K, D), (K,)
+    # CPSL-5, CPSL-6
+    q = assign(z @ c.T, models.bank.usable() @ c.T, r, args.epsilon, args.sinkhorn_iterations)  # (N, n, K)
+    models.bank.push(z.flatten(0, 1))
+    return models.self_labeling(z, q, args.temperature)
+
+
+def consistency_loss(view, features, models, args):
+    """CPSL-10: the network on a distorted view against the momentum network's features (N, D, h, w) of the clean one."""
+    with common.autocast(args):
+        features_strong, _ = models.network(view)  # (N, D, h, w)
+    clean, strong = models.momentum_head.cosine(features), models.momentum_head.cosine(features_strong)  # (N, K, h, w)
+    return kl_divergence(clean / args.temperature, strong / args.temperature)
+
+
+def step_losses(models, source, images, args, step):
+    """CPSL-11 and its terms: {"loss", "ce_s", "sce_t"} and, with rectification, "sl", perhaps "cons", and "changed".
+
+    models: the network and the head as training calls them (network, self_labeling), the bare head, the warm-up model
+    and both momentum copies (warm_up, momentum, momentum_head), the bank. source: (image, label). images: the target's,
+    uint8 (N, 3, H, W). "changed": the share of pixels whose label the rectification changed.
+    """
+    # Who labels sees the clean picture, who learns the jittered one.
+    clean, jittered = common.normalise(images), common.normalise(common.colour_jitter(images, args.seed, 6, step))
+    y, fixed, features = target_labels(clean, models, args)  # CPSL-16, CPSL-17
+    with common.autocast(args):
+        (_, logits_s), (_, logits_t) = models.network(source[0]), models.network(jittered)  # (N, K, h, w)
+    terms = {"ce_s": segmentation_loss(logits_s, source[1]),  # CPSL-1
+             "sce_t": symmetric_cross_entropy(logits_t, y, args.alpha, args.beta)}  # CPSL-4
+    loss = terms["ce_s"] + terms["sce_t"]
+    if args.rectify:
+        terms["sl"] = prototype_loss(features, y, models, args, common.generator(args, 7, step))  # CPSL-7
+        loss = loss + args.lambda_sl * terms["sl"]
+        if args.consistency:
+            strong = common.normalise(strong_view(images, args.seed, 8, step))
+            terms["cons"] = consistency_loss(strong, features, models, args)  # CPSL-10
+            loss = loss + args.lambda_cons * terms["cons"]
+        terms["changed"] = (y != fixed).float().mean()
+    return {"loss": loss, **terms}  # CPSL-11
 
 
 # --- same in every method file ---
@@ -370,13 +429,12 @@ def poly_lr(base, step, steps, power=0.9):
 
 
 def make_optimizer(model, args):
-    """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
+    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
-                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
-                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
-    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=args.device == "cuda")
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=args.device == "cuda")
 
 
 def set_lr(optimizer, lr):
@@ -387,7 +445,7 @@ def set_lr(optimizer, lr):
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
     for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
@@ -404,27 +462,12 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 # --- end ---
 
 
+# ============================================== training and labelling ==============================================
+
+
 def build_model(args):
     """The network with the head that was asked for."""
-    return common.build_model(args, ProDANetwork if args.head == "proda" else common.build_network)
-
-
-def strong_view(images, *seed):
-    """The same scenes, some blurred, some with other colours: (N, 3, H, W) normalised -> the same. Geometry stays.
-
-    seed: numbers; every image of the whole batch gets its own distortion, in whichever process it is.
-    """
-    from torchvision.transforms import v2
-
-    distort = v2.Compose([v2.RandomApply([v2.GaussianBlur(5, 1.0)], 0.5),
-                          v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5)])
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (common.MEAN, common.STD))
-    views = []
-    with torch.random.fork_rng(devices=[]):
-        for number, image in enumerate(images, common.rank() * len(images)):
-            torch.manual_seed(common.mix_seed(*seed, number))
-            views.append((distort((image * std + mean).clamp(0, 1)) - mean) / std)
-    return torch.stack(views).contiguous(memory_format=torch.channels_last)
+    return common.build_model(args, ProDANetwork if args.head == "proda" else common.DeepLabV2)
 
 
 @torch.no_grad()
@@ -452,97 +495,16 @@ def prepare(warm, head, args):
         head.marginal.copy_(pixels / pixels.sum())
 
 
-def target_labels(x_t, warm, teacher, teacher_head, args):
-    """Labels y (N, H, W) of a target batch, argmax P_ST beside them, and the momentum network's features (N, D, h, w).
+def make_optimizers(model, head, args):
+    """The network's optimizer, its classifier at --head-scale, and one for the prototypes.
 
-    Without rectification y is argmax P_ST, and there are no features.
+    Theirs is plain SGD whatever --optimizer says: AdamW divides a gradient by its own size, and with it lambda_SL. No
+    weight decay, because a prototype's length does not matter. Held: the scale is 0.
     """
-    with torch.no_grad():
-        with common.autocast(args):
-            _, logits_w = warm(x_t)  # (N, K, h, w)
-        p_st = common.upsample(logits_w.float(), x_t.shape[2:]).softmax(1)  # P_ST, (N, K, H, W)
-        fixed = p_st.max(1).indices  # (N, H, W)
-        if not args.rectify:
-            return fixed, fixed, None
-        with common.autocast(args):
-            features_e, _ = teacher(x_t)  # (N, D, h, w)
-        cosine_e = common.upsample(teacher_head.cosine(features_e), x_t.shape[2:])  # (N, K, H, W)
-        return rectify(p_st, cosine_e, args.temperature), fixed, features_e  # CPSL-16, CPSL-17
-
-
-def prototype_loss(features_e, y, head, self_labeling, bank, args, generator):
-    """CPSL-7: the prototypes learn from the assignment of sampled pixels, which then enter the bank.
-
-    features_e (N, D, h, w) of the momentum network, y (N, h, w) its labels; self_labeling: the distributed head.
-    """
-    u = torch.rand(y.shape, generator=generator, device=y.device)
-    position = pick_pixels(y, args.pixels, u, args.sampling == "proportional")  # (N, n), CPSL-18
-    z = F.normalize(take_pixels(features_e, position).float(), dim=2)  # (N, n, D)
-    c = F.normalize(head.prototypes.detach(), dim=1)  # (K, D)
-    # CPSL-5, CPSL-6
-    q = assign(z @ c.T, bank.usable() @ c.T, head.marginal, args.epsilon, args.sinkhorn_iterations)  # (N, n, K)
-    bank.push(z.flatten(0, 1))
-    return self_labeling(z, q, args.temperature)
-
-
-def step_losses(network, self_labeling, labellers, head, bank, source, x_t, args, step):
-    """CPSL-11 and its terms: {"loss", "ce_s", "sce_t"} and, with rectification, "sl", perhaps "cons", and "changed".
-
-    network, self_labeling: what learns, as training calls it; labellers: the warm-up model, the momentum network and
-    the momentum head. source: (image, label). "changed": the share of pixels whose label the rectification changed.
-    """
-    warm, teacher, teacher_head = labellers
-    y_t, fixed, features_e = target_labels(x_t, warm, teacher, teacher_head, args)
-    with common.autocast(args):
-        (_, logits_s), (_, logits_t) = network(source[0]), network(x_t)  # (N, K, h, w)
-    terms = {"ce_s": segmentation_loss(logits_s, source[1]),  # CPSL-1
-             "sce_t": symmetric_cross_entropy(logits_t, y_t, args.alpha, args.beta)}  # CPSL-4
-    loss = terms["ce_s"] + terms["sce_t"]
-    if args.rectify:
-        y = common.grid_labels(y_t, features_e.shape[2:])  # (N, h, w)
-        terms["sl"] = prototype_loss(features_e, y, head, self_labeling, bank, args, common.generator(args, 7, step))
-        loss = loss + args.lambda_sl * terms["sl"]  # CPSL-11
-        if args.consistency:
-            view = strong_view(x_t, args.seed, 8, step)
-            with common.autocast(args):
-                features_v, _ = network(view)  # (N, D, h, w)
-            cosine_e, cosine_v = teacher_head.cosine(features_e), teacher_head.cosine(features_v)  # (N, K, h, w)
-            terms["cons"] = kl_divergence(cosine_e / args.temperature, cosine_v / args.temperature)  # CPSL-10
-            loss = loss + args.lambda_cons * terms["cons"]  # CPSL-11
-        terms["changed"] = (y_t != fixed).float().mean()
-    return {"loss": loss, **terms}
-
-
-def make_optimizer_with_prototypes(model, head, args):
-    """The shared groups plus the prototypes: at their own rate, and without weight decay, normalised on use."""
     optimizer = make_optimizer(model, args)
     optimizer.param_groups[1]["scale"] = args.head_scale  # the classifier's
-    optimizer.add_param_group({"params": [head.prototypes], "weight_decay": 0.0, "scale": args.prototype_scale})
-    return optimizer
-
-
-@torch.no_grad()
-def measure_labels(labellers, head, args):
-    """Meters: how far the prototypes moved, and on the toy the mIoU of the labels before and after rectification.
-
-    The labels are those of the target train images; the truth is looked at here and used nowhere.
-    """
-    meters = {"prototype_cosine": F.cosine_similarity(head.prototypes, head.start, dim=1).mean().item()}
-    if args.source == "toy":
-        metrics = {name: common.MeanIoU(len(head.marginal)) for name in ("labels_rectified", "labels_fixed")}
-        for module in labellers:
-            module.eval()
-        for batch in common.evaluation_batches(common.target_dataset(args, "train", labelled=True), args):
-            for metric, label in zip(metrics.values(), target_labels(batch["image"], *labellers, args)):
-                metric.update(label.cpu(), batch["label"])
-        rare = [i for i, name in enumerate(common.task_classes(args.source)) if name in common.RARE]
-        for name, metric in metrics.items():
-            metric.sum_processes(args.device)
-            present = metric.present()
-            meters[name] = 100 * metric.mean(present)
-            if set(rare) & set(present):
-                meters[f"{name}_rare"] = 100 * metric.mean(sorted(set(rare) & set(present)))
-    return meters
+    scale = 0.0 if args.hold_prototypes else 1.0
+    return optimizer, torch.optim.SGD([{"params": [head.prototypes], "scale": scale}], lr=0.0, momentum=0.9)
 
 
 def label_target(model, args, folder):
@@ -578,13 +540,15 @@ def distill(teacher, source, views, args, run, stage, file):
         run.log(f"stage {stage}", **label_target(teacher, args, labels))
     teacher.eval()
     target = common.target_dataset(args, "train", common.training_augment(args), label_dir=labels)
-    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 10, stage), done, steps)
-    batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 11, stage), done, steps)
-    network = common.distribute(student)
+    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 10, stage), done, steps, share=2)
+    batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 11, stage), done, steps, jitter=None,
+                                        share=2)
+    network, guide = common.distribute(student, args), common.compiled(teacher, args)
     student.train()
-    for done, batch_s, (x_t, y_t) in zip(range(done + 1, steps + 1), batches_s, batches_t):
+    for done, batch_s, (images, y_t) in zip(range(done + 1, steps + 1), batches_s, batches_t):
         set_lr(optimizer, common.ramp(done, args) * poly_lr(args.distill_lr, done - 1, steps, args.power))
-        terms = distill_losses(network, teacher, batch_s, (strong_view(x_t, args.seed, 12, stage, done), y_t), args)
+        strong = common.normalise(strong_view(images, args.seed, 12, stage, done))
+        terms = distill_losses(network, guide, batch_s, (strong, y_t), args)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -597,17 +561,52 @@ def distill(teacher, source, views, args, run, stage, file):
     return student
 
 
+# ================================================== meters (ours) ==================================================
+
+
+@torch.no_grad()
+def measure_labels(warm, momentum, momentum_head, views, args, number=None):
+    """Toy only: mIoU of the labels of the first `number` target train images, or of all; of their rare classes, too.
+
+    Fixed (argmax P_ST), rectified (CPSL-17) and by the prototypes alone (argmax P_SL), from copies with settled batch
+    norm in evaluation mode. The truth is looked at here and used nowhere.
+    """
+    momentum, classes = copy.deepcopy(momentum), common.task_classes(args.source)
+    common.settle_batch_norm(momentum, views, args)
+    models = SimpleNamespace(warm_up=warm.eval(), momentum=momentum.eval(), momentum_head=momentum_head)
+    dataset = common.target_dataset(args, "train", labelled=True)
+    dataset = torch.utils.data.Subset(dataset, range(len(dataset))[:number])
+    metrics, meters = {name: common.MeanIoU(len(classes)) for name in ("rectified", "fixed", "p_sl")}, {}
+    for batch in common.evaluation_batches(dataset, args):
+        y, fixed, features = target_labels(batch["image"], models, args)  # (N, H, W), (N, H, W), (N, D, h, w)
+        alone = common.upsample(momentum_head.cosine(features), y.shape[1:]).argmax(1)  # (N, H, W)
+        for metric, label in zip(metrics.values(), (y, fixed, alone)):
+            metric.update(label.cpu(), batch["label"])
+    for name, metric in metrics.items():
+        metric.sum_processes(args.device)
+        present = metric.present()
+        meters[f"labels_{name}"] = 100 * metric.mean(present)
+        if rare := [k for k in present if classes[k] in common.RARE]:
+            meters[f"labels_{name}_rare"] = 100 * metric.mean(rare)
+    return meters
+
+
+# ================================================= the command line =================================================
+
+
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000, small=6000),
+    add("--iterations", type=common.natural, metavar="N", default=common.by_source(240, 90000, small=6000),
         help="steps of self-training [C]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-4, small=5e-5),
         help="its base learning rate [C]")
     add("--head-scale", type=common.positive, metavar="X", default=common.by_source(1.0, 5.0),
         help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
-    add("--prototype-scale", type=common.positive, metavar="X", default=common.by_source(2.0, 5.0, small=2.0),
-        help="multiple of it for the prototypes [C]")
+    add("--prototype-lr", type=common.positive, metavar="X", default=common.by_source(0.03, 5e-4, small=0.0012),
+        help="base learning rate of the prototypes, in SGD [C]")
+    add("--hold-prototypes", action="store_true",
+        help="the prototypes stay at their start: rectification without self-labelling")
     add("--head", choices=("deeplab", "proda"), default="deeplab",
         help="proda: the authors' head, with its own warm-up")
     add("--marginal", choices=("pseudo", "uniform"), default="pseudo",
@@ -626,15 +625,14 @@ def parse_args():
     add("--ema", type=common.fraction, metavar="X", default=common.by_source(0.99, 0.999),
         help="momentum of the two copies [C]")
     add("--alpha", type=common.weight, metavar="X", default=common.by_source(1.0, 0.1),
-        help="weight of CE on the target [C]")
+        help="weight of CE on the target [C]; 1 where steps are few, of which reverse CE alone teaches little")
     add("--beta", type=common.weight, metavar="X", default=1.0, help="weight of reverse CE on the target [C]")
-    add("--lambda-sl", type=common.weight, metavar="X", default=0.1,
-        help="weight of the self-labelling loss [C]; under AdamW without effect, see deviation 14")
+    add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
     add("--consistency", action=switch, default=common.by_source(False, True),
         help="CPSL-10 [C], one more view of the target per step")
     add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="its weight [C]")
     add("--distill", type=common.natural, metavar="N", default=0, help="distillation stages afterwards [C: 2]")
-    add("--distill-iterations", type=common.natural, metavar="T", default=common.by_source(240, 90000, small=6000),
+    add("--distill-iterations", type=common.natural, metavar="N", default=common.by_source(240, 90000, small=6000),
         help="steps of each [C]")
     add("--distill-lr", type=common.positive, metavar="X", default=common.by_source(1e-3, 6e-4, small=1e-4),
         help="their base learning rate [C]")
@@ -647,8 +645,6 @@ def main():
     args = parse_args()
     if args.head == "proda" and args.init:
         raise common.InputError("--init: no checkpoint of source_only.py has the --head proda, which trains its own")
-    if args.backbone == "vgg16-fcn8s":
-        raise common.InputError("--backbone vgg16-fcn8s: CPSL needs features and logits on one grid, DeepLabV2's")
     run = common.Run("cpsl", args)
     source = common.source_dataset(args, common.training_augment(args, args.source_size))
     views = common.target_dataset(args, "train", common.training_augment(args))
@@ -670,38 +666,51 @@ def main():
         r = head.marginal
         run.log("warm-up", classes=int((r > 0).sum()), rarest=r[r > 0].min().item())
         run.save("warmup.pt", 1, warm, head=head)
-    # Neither copy is given to the optimizer. The network's keeps requires_grad, without which a batch norm is frozen.
-    teacher, teacher_head = copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
-    bank, labellers = MemoryBank(args.bank, model.feature_dim, args.device), (warm, teacher, teacher_head)
+    # Neither copy is given to an optimizer. The network's keeps requires_grad, without which a batch norm is frozen.
+    momentum, momentum_head = copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
+    bank = MemoryBank(args.bank, model.feature_dim, args.device)
 
     # Step 3: self-training. The last stage of the run writes last.pt.
     files = [f"stage{k}.pt" for k in range(1, args.distill + 1)] + ["last.pt"]
-    optimizer = make_optimizer_with_prototypes(model, head, args)
-    parts = {"optimizer": optimizer, "head": head, "teacher": teacher, "teacher_head": teacher_head, "bank": bank}
+    optimizer, prototype_optimizer = make_optimizers(model, head, args)
+    parts = {"optimizer": optimizer, "prototype_optimizer": prototype_optimizer, "head": head, "momentum": momentum,
+             "momentum_head": momentum_head, "bank": bank}
     done = run.load(files[0], model, **parts)
-    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, args.iterations)
-    batches_t = common.training_batches(views, args, common.mix_seed(args.seed, 5), done, args.iterations)
-    network, self_labeling = common.distribute(model), common.distribute(head)
+    batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, args.iterations, share=2)
+    batches_t = common.training_batches(views, args, common.mix_seed(args.seed, 5), done, args.iterations, jitter=None,
+                                        share=2)
+    models = SimpleNamespace(
+        network=common.distribute(model, args), self_labeling=common.distribute(head, args), head=head, bank=bank,
+        warm_up=common.compiled(warm, args), momentum=common.compiled(momentum, args), momentum_head=momentum_head)
+    labellers = warm, momentum, momentum_head, views, args
+    measured = args.rectify and args.source == "toy"  # the labels of 100 images, at the start and four times on the way
+    if measured and done == 0:
+        run.log("labels", f"0/{args.iterations}", **measure_labels(*labellers, 100))
     model.train()
-    teacher.train()
-    for done, batch_s, (x_t, _) in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
-        set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
-        terms = step_losses(network, self_labeling, labellers, head, bank, batch_s, x_t, args, done)
+    momentum.train()
+    for done, batch_s, (images, _) in zip(range(done + 1, args.iterations + 1), batches_s, batches_t):
+        share = common.ramp(done, args) * poly_lr(1, done - 1, args.iterations, args.power)
+        set_lr(optimizer, args.lr * share)
+        set_lr(prototype_optimizer, args.prototype_lr * share)
+        terms = step_losses(models, batch_s, images, args, done)
         optimizer.zero_grad()
+        prototype_optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
+        prototype_optimizer.step()
         if args.rectify:  # without, nobody asks the momentum copies
-            update_average(teacher, model, args.ema)
-            update_average(teacher_head, head, args.ema)
-        moved = 1 - F.cosine_similarity(head.prototypes.detach(), head.start, dim=1).mean()
-        run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms, moved=moved)
+            update_average(momentum, model, args.ema)
+            update_average(momentum_head, head, args.ema)
+        run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms, moved=head.moved())
+        if measured and 4 * done // args.iterations > 4 * (done - 1) // args.iterations:
+            run.log("labels", f"{done}/{args.iterations}", **measure_labels(*labellers, 100))
         run.validate("adapt", done, args.iterations, model, views)
         if run.time_to_save(done, args.iterations):
             run.save(files[0], done, model, **parts)
     common.settle_batch_norm(model, views, args)
     run.save(files[0], done, model, **parts)
-    common.settle_batch_norm(teacher, views, args)
-    meters = measure_labels(labellers, head, args) if args.rectify else {}
+    meters = {"prototype_cosine": 1 - head.moved().item()} if args.rectify else {}
+    meters |= measure_labels(*labellers) if measured else {}
 
     # Step 4: distillation.
     for stage, file in enumerate(files[1:], 2):
@@ -714,3 +723,28 @@ def main():
 
 if __name__ == "__main__":
     common.run(main)
+
+
+# =============================================== further deviations ===============================================
+#
+#  6. P_ST. Authors: of the whole target on disk, 7.5 GB, its probabilities resized. Here: the frozen warm-up model labels
+#     the crop in every step, its logits resized. r comes from whole images and so differs a little from the crops'.
+#  7. Momentum network. Authors: it sees whole images, its features are resized and cropped afterwards, and its Dropout2d
+#     is active. Here: it sees the crop, in training mode so that live batch norm takes the batch's statistics, and has
+#     no dropout, with --head proda neither.
+#  8. Resolution of labels and target loss. Authors: a quarter, features upsampled and then compared. Here: compared on
+#     the stride-8 grid, cosines and logits upsampled to full resolution.
+#  9. Bank. Authors: it is scored by prototypes not of unit length, c and c' share memory until the first update, and the
+#     pixels of an image enter before the next image is solved. Here: unit length, a copy, and all enter at the end. Where
+#     r_k = 0 theirs gives NaN, ours nothing for class k. Both use the bank once it is full. Under torchrun each process
+#     keeps a bank of its own pixels, and after a resume all start with the first one's.
+# 10. Start of the prototypes. Authors: four passes, image means of classes with at least 10 of 33 153 positions, a
+#     running mean that after 3000 images weighs each further one by 1/3001. Here: one pass, the same share of the grid,
+#     a plain mean. A class of which no image has enough pixels starts from a random prototype.
+# 11. Optimizer of the network. Authors: SGD, rate 1e-4 and five times that for the head, weight decay 2e-4; past 90 000
+#     steps its schedule takes a root of a negative number. Here: their rates on real data without --preset, after --ramp
+#     steps, for 2 + 2 images instead of 4 + 4, decay 5e-4 and none on prototypes. Toy and small preset: AdamW.
+# 12. Distillation. Authors: SimCLR weights and one more batch norm; the second round starts from the first's student.
+#     Here: each round starts from --backbone-weights.
+# 13. Pictures. Authors: RGB/255, 896x512 of 2200 wide scaled by 0.5 to 1.5, scored at 2048x1024, the checkpoint that is
+#     best on the target's validation labels. Here: as in all files, the last checkpoint.

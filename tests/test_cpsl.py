@@ -1,6 +1,6 @@
 """cpsl.py: every equation against an independent computation, every wire of a training step and of main().
 
-P1 to P15 are properties of the method that can be checked without its data; the numbers are closed forms or hand
+P1 to P14 are properties of the method that can be checked without its data; the numbers are closed forms or hand
 values.
 """
 
@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
                      trained_alike)
 from torch import nn
-from trees import write_cityscapes, write_gta5, write_synthia
+from trees import write_cityscapes, write_synthia
 
 import common
 import cpsl
@@ -45,6 +46,10 @@ def labels(*shape, classes=K, seed=1):
     return torch.randint(0, classes, shape, generator=seeded(seed))
 
 
+def picture(*shape, seed=0):
+    return torch.randint(0, 256, shape, generator=seeded(seed), dtype=torch.uint8)
+
+
 def random_scores(*shape, seed=0, dtype=torch.float64):
     return (0.3 * randn(*shape, seed=seed, dtype=dtype)).clamp(-1, 1)
 
@@ -62,29 +67,15 @@ def make_head(prototypes):
 
 
 def sinkhorn_by_the_letter(scores, marginal, epsilon=0.05, iterations=3):
-    """CPSL-6 on a K x B matrix of plain numbers, in float64."""
-    Q = np.exp(scores.double().numpy().T / epsilon)  # (K, B)
-    Q = Q / Q.sum()
-    B = len(scores)
+    """CPSL-6 on a B x K matrix of plain numbers, in float64."""
+    Q = np.exp(scores.double().numpy() / epsilon)  # (B, K)
+    B = len(Q)
     for _ in range(iterations):
         for k, share in enumerate(marginal.tolist()):
-            Q[k] *= share / Q[k].sum()
+            Q[:, k] *= share / Q[:, k].sum()
         for b in range(B):
-            Q[:, b] /= Q[:, b].sum() * B
-    return B * torch.from_numpy(Q.T)  # (B, K)
-
-
-def swav(scores, epsilon=0.05, iterations=3):
-    """SwAV's solver (arXiv 2006.09882, algorithm 1 of its appendix): uniform over clusters."""
-    Q = (scores / epsilon).exp().T
-    Q /= Q.sum()
-    clusters, B = Q.shape
-    for _ in range(iterations):
-        Q /= Q.sum(1, keepdim=True)
-        Q /= clusters
-        Q /= Q.sum(0, keepdim=True)
-        Q /= B
-    return (Q * B).T
+            Q[b] /= Q[b].sum() * B
+    return B * torch.from_numpy(Q)
 
 
 def variation(p, q):
@@ -95,69 +86,25 @@ def variation(p, q):
 # ----------------------------------------------------- Sinkhorn -----------------------------------------------------
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_sinkhorn_against_a_loop(iterations):  # CPSL-6
+def test_sinkhorn_against_a_loop():  # CPSL-6
     scores, r = random_scores(40, K), long_tail()
-    for epsilon in (0.05, 0.2):
+    for epsilon, iterations in ((0.05, 1), (0.05, 10), (0.2, 2)):
         expected = sinkhorn_by_the_letter(scores, r, epsilon, iterations)
         torch.testing.assert_close(sinkhorn(scores, r, epsilon, iterations), expected, atol=1e-12, rtol=1e-9)
+    Q = sinkhorn(scores.requires_grad_(), r)  # the authors' values
+    torch.testing.assert_close(Q, sinkhorn_by_the_letter(scores.detach(), r), atol=1e-12, rtol=1e-9)
+    assert not Q.requires_grad
+    stacked = random_scores(3, 50, K)  # several problems
+    torch.testing.assert_close(sinkhorn(stacked, r), torch.stack([sinkhorn(s, r) for s in stacked]))
+    assert sinkhorn(stacked[0, :0], r).shape == (0, K)
 
 
-def test_sinkhorn_defaults_are_those_of_the_authors():
-    scores, r = random_scores(40, K), long_tail()
-    torch.testing.assert_close(sinkhorn(scores, r), sinkhorn_by_the_letter(scores, r, 0.05, 3), atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize("iterations", [1, 3, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sinkhorn_rows_are_distributions(iterations, dtype):  # P1
-    Q = sinkhorn(random_scores(500, K, dtype=dtype), long_tail(dtype), iterations=iterations)
-    assert Q.dtype == dtype and Q.shape == (500, K) and (Q >= 0).all()
-    torch.testing.assert_close(Q.sum(1), torch.ones(500, dtype=dtype), atol=1e-6, rtol=0)
-
-
-def test_sinkhorn_approaches_the_class_marginal():  # P2
+def test_sinkhorn_approaches_the_class_marginal():  # P1, P2
     scores, r = random_scores(65792, K), long_tail()
-    off = {n: variation(sinkhorn(scores, r, iterations=n).mean(0), r) for n in (1, 3, 10, 50)}
-    assert off[50] < 1e-5
-    for n, expected in ((1, 0.41), (3, 0.19), (10, 0.02)):
-        assert off[n] == pytest.approx(expected, abs=0.02)
-
-
-def test_sinkhorn_of_separated_features_is_near_the_marginal_at_once():
-    r = long_tail()
-    label = torch.multinomial(r, 65792, replacement=True, generator=seeded(0))
-    scores = 0.8 * F.one_hot(label, K).double() + 0.05 * randn(65792, K, seed=1, dtype=torch.float64)
-    assert variation(sinkhorn(scores, r).mean(0), r) == pytest.approx(0.004, abs=0.002)
-
-
-def test_sinkhorn_does_not_see_an_offset_of_a_class():  # P3
-    scores, r = random_scores(200, K), long_tail()
-    offset = randn(K, seed=1, dtype=torch.float64)
-    plain = {n: sinkhorn(scores, r, iterations=n) for n in (1, 3, 7, 2000)}
-    for n in (1, 3, 7):
-        torch.testing.assert_close(sinkhorn(scores + offset, r, iterations=n), plain[n], atol=1e-12, rtol=0)
-    tilt = randn(200, 1, seed=2, dtype=torch.float64)  # an offset of a pixel counts until convergence
-    assert (sinkhorn(scores + tilt, r, iterations=3) - plain[3]).abs().max() > 0.1
-    torch.testing.assert_close(sinkhorn(scores + tilt, r, iterations=2000), plain[2000], atol=1e-6, rtol=0)
-
-
-def test_sinkhorn_of_scores_that_say_nothing_is_the_marginal():  # P4
-    r = long_tail()
-    torch.testing.assert_close(sinkhorn(torch.full((50, K), 0.7, dtype=torch.float64), r), r.expand(50, K))
-    torch.testing.assert_close(sinkhorn(random_scores(50, K), r, epsilon=1e9), r.expand(50, K), atol=1e-8, rtol=0)
-
-
-def test_sinkhorn_with_a_uniform_marginal_is_that_of_swav():  # P4
-    scores = random_scores(200, K)
-    torch.testing.assert_close(sinkhorn(scores, torch.full((K,), 1 / K, dtype=torch.float64)), swav(scores))
-
-
-def test_sinkhorn_only_rescales_rows_and_columns():  # P5
-    scores = random_scores(200, K)
-    rest = sinkhorn(scores, long_tail()).log() - scores / 0.05
-    rest = rest - rest.mean(0) - rest.mean(1, keepdim=True) + rest.mean()
-    assert rest.abs().max() < 1e-10
+    for iterations, expected, tolerance in ((1, 0.41, 0.02), (3, 0.19, 0.02), (10, 0.02, 0.02), (50, 0, 1e-5)):
+        Q = sinkhorn(scores, r, iterations=iterations)
+        assert variation(Q.mean(0), r) == pytest.approx(expected, abs=tolerance)
+        torch.testing.assert_close(Q.sum(1), torch.ones(65792, dtype=torch.float64))
 
 
 def test_sinkhorn_solves_the_transport_problem():  # CPSL-5, at convergence
@@ -176,36 +123,21 @@ def test_sinkhorn_solves_the_transport_problem():  # CPSL-5, at convergence
 
 def test_sinkhorn_in_float32_and_under_autocast():
     scores, r = random_scores(3000, K), long_tail()
-    exact = sinkhorn(scores, r)
-    torch.testing.assert_close(sinkhorn(scores.float(), r.float()).double(), exact, atol=1e-5, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        Q = sinkhorn(scores.float(), r.float())
-        half = sinkhorn(scores.bfloat16(), r.bfloat16())
+        Q, half = sinkhorn(scores.float(), r.float()), sinkhorn(scores.bfloat16(), r.bfloat16())
     assert Q.dtype == half.dtype == torch.float32
-    torch.testing.assert_close(Q.double(), exact, atol=1e-5, rtol=0)
-    torch.testing.assert_close(half, sinkhorn(scores.bfloat16().float(), r.bfloat16().float()))
-    far = sinkhorn(1000 * scores.float(), r.float())  # exp(1000 / 0.05) would overflow, exp(-1000 / 0.05) leave nothing
-    assert torch.isfinite(far).all()
-    torch.testing.assert_close(far.sum(1), torch.ones(3000), atol=1e-5, rtol=0)
+    torch.testing.assert_close(Q.double(), sinkhorn(scores, r), atol=1e-5, rtol=0)
+    high = sinkhorn(scores.float() + 100, r.float())  # exp(100 / 0.05) alone would overflow
+    torch.testing.assert_close(high.double(), sinkhorn(scores, r), atol=2e-3, rtol=0)
 
 
-def test_sinkhorn_with_classes_of_zero_mass():
+def test_sinkhorn_with_classes_of_zero_mass_and_cosines_at_their_ends():
     scores, r = random_scores(100, 5, dtype=torch.float32), torch.tensor([0.7, 0.0, 0.3, 0.0, 0.0])
+    scores[0] = torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0])  # a pixel that likes only what gets nothing
     Q = sinkhorn(scores, r, iterations=5)
-    assert torch.isfinite(Q).all() and (Q[:, r == 0] == 0).all()
+    assert (Q[:, r == 0] == 0).all()
+    torch.testing.assert_close(Q.sum(1), torch.ones(100))
     torch.testing.assert_close(Q[:, r > 0], sinkhorn(scores[:, r > 0], r[r > 0], iterations=5))
-    alone = sinkhorn(scores, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]))
-    torch.testing.assert_close(alone, torch.tensor([0.0, 0, 1, 0, 0]).expand(100, 5))
-
-
-def test_sinkhorn_of_no_or_one_pixel_one_class_and_several_problems():
-    r = long_tail()
-    assert sinkhorn(random_scores(0, K), r).shape == (0, K)
-    torch.testing.assert_close(sinkhorn(random_scores(1, K), r), r[None])  # one pixel must carry the whole marginal
-    torch.testing.assert_close(sinkhorn(random_scores(7, 1), torch.ones(1)), torch.ones(7, 1, dtype=torch.float64))
-    scores = random_scores(3, 50, K)
-    torch.testing.assert_close(sinkhorn(scores, r), torch.stack([sinkhorn(s, r) for s in scores]))
-    assert not sinkhorn(scores.requires_grad_(), r).requires_grad
 
 
 # ------------------------------------------------ assignment and bank ------------------------------------------------
@@ -220,21 +152,11 @@ def test_bank_is_first_in_first_out():  # P10
     bank.push(torch.full((256, 4), 256.0))
     assert bank.items().shape == (65536, 4) and bank.full
     torch.testing.assert_close(bank.items()[:, 0], torch.arange(1.0, 257).repeat_interleave(256))
-    small = MemoryBank(3, 1)
+    small, none = MemoryBank(3, 1), MemoryBank(0, 1)
     small.push(torch.arange(5.0)[:, None].requires_grad_())
     assert small.items().tolist() == [[2], [3], [4]] and not small.items().requires_grad
-    small.push(torch.zeros(0, 1))
-    assert small.items().tolist() == [[2], [3], [4]]
-    none = MemoryBank(0, 1)
     none.push(torch.ones(2, 1))
     assert none.full and none.items().shape == none.usable().shape == (0, 1)
-
-
-def test_bank_state():
-    bank, other = MemoryBank(4, 2), MemoryBank(4, 2)
-    bank.push(randn(3, 2))
-    other.load_state_dict(bank.state_dict())
-    assert torch.equal(bank.items(), other.items()) and not other.full
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -243,22 +165,6 @@ def test_assignment_is_the_last_rows_of_each_images_own_problem(size):  # P10
     for settings in ((), (0.2, 5)):
         expected = torch.stack([sinkhorn_by_the_letter(torch.cat([past, s]), r, *settings)[-20:] for s in scores])
         torch.testing.assert_close(cpsl.assign(scores, past, r, *settings), expected)
-    assert cpsl.assign(scores[:, :0], past, r).shape == (3, 0, K)
-
-
-def test_the_bank_gives_the_tail_its_share():
-    """256 pixels of three classes, alone, must fill all 19; beside a bank with the true shares they need not."""
-    g, r = seeded(), long_tail(torch.float32)
-    classes = torch.multinomial(r, 8192, replacement=True, generator=g)
-    own = torch.tensor([0, 2, 8]).repeat(86)[:256]
-
-    def scores_of(y):
-        return 0.8 * F.one_hot(y, K) + 0.05 * torch.randn(len(y), K, generator=g)
-
-    scores = scores_of(own)[None]
-    alone = cpsl.assign(scores, torch.zeros(0, K), r)[0][torch.arange(256), own].mean()
-    beside = cpsl.assign(scores, scores_of(classes), r)[0][torch.arange(256), own].mean()
-    assert beside > 0.95 and alone < 0.85
 
 
 # ------------------------------------------------------ sampling ------------------------------------------------------
@@ -270,7 +176,7 @@ def long_tailed_maps(count, seed=0):
     return torch.stack([flat[torch.randperm(60, generator=seeded(seed + i))] for i in range(count)]).view(count, 6, 10)
 
 
-@pytest.mark.parametrize("n", [1, 7, 16, 59, 60])
+@pytest.mark.parametrize("n", [1, 16, 59, 60])
 def test_proportional_sampling_gives_every_class_its_share(n):  # CPSL-18
     label = long_tailed_maps(300)
     position = pick_pixels(label, n, torch.rand(300, 6, 10, generator=seeded(5)))
@@ -296,22 +202,9 @@ def test_uniform_sampling_is_blind_to_the_labels():
     u = torch.rand(50, 6, 10, generator=seeded())
     position = pick_pixels(long_tailed_maps(50), 16, u, False)
     assert torch.equal(position, pick_pixels(long_tailed_maps(50, seed=9), 16, u, False))
-    assert all(len(set(row.tolist())) == 16 for row in position)
-    counts = F.one_hot(long_tailed_maps(50).flatten(1).gather(1, position), 4).sum(1)[:, 0]
-    assert (counts - 41 * 16 / 60).abs().max() > 2  # unlike class by class
     assert not torch.equal(pick_pixels(long_tailed_maps(50), 16, u), position)
-
-
-@pytest.mark.parametrize("proportional", [True, False])
-def test_sampling_from_one_class_and_of_more_pixels_than_there_are(proportional):
-    u = torch.rand(3, 5, 8, generator=seeded())
-    one = torch.full((3, 5, 8), 2)
-    position = pick_pixels(one, 12, u, proportional)
-    assert position.shape == (3, 12) and all(len(set(row.tolist())) == 12 for row in position)
-    assert len({tuple(sorted(row.tolist())) for row in position}) == 3  # a draw per image
-    everything = pick_pixels(one, 100, u, proportional)
-    assert all(sorted(row.tolist()) == list(range(40)) for row in everything)
-    assert pick_pixels(one[:0], 12, u[:0], proportional).shape == (0, 12)
+    everything = pick_pixels(long_tailed_maps(50), 100, u, False)
+    assert all(sorted(row.tolist()) == list(range(60)) for row in everything)
 
 
 def test_take_pixels():
@@ -333,46 +226,34 @@ def test_self_labeling_loss_against_a_loop():  # CPSL-7
         norm = math.log(sum(map(math.exp, cosine)))
         terms.append(-sum(q[i, k].item() * (cosine[k] - norm) for k in range(4)))
     assert self_labeling_loss(z, c, q).item() == pytest.approx(sum(terms) / 15, rel=1e-5)
-    stacked = self_labeling_loss(z.view(3, 5, 8), c, q.view(3, 5, 4))
+    stacked = make_head(c)(z.view(3, 5, 8), q.view(3, 5, 4), 0.08)
     assert stacked.item() == pytest.approx(sum(terms) / 15, rel=1e-5)
-    assert make_head(c)(z, q, 0.08).item() == pytest.approx(sum(terms) / 15, rel=1e-5)
     assert self_labeling_loss(z, c, q, temperature=1e9).item() == pytest.approx(math.log(4), rel=1e-5)
+    nothing = self_labeling_loss(z[:0], c.requires_grad_(), q[:0])
+    nothing.backward()
+    assert nothing.item() == 0 and c.grad.abs().sum() == 0
 
 
 def test_self_labeling_trains_the_prototypes_only():  # P6
-    model, head = common.DeepLabV2(5, "resnet14"), make_head(F.normalize(randn(5, 256), dim=1))
-    features, _ = model(randn(1, 3, 32, 64))
-    z = take_pixels(features, torch.arange(10)[None])[0]
-    q = sinkhorn(F.normalize(z, dim=1) @ head.prototypes.T, torch.full((5,), 0.2)).requires_grad_()
-    loss = head(z, q, 0.08)
+    head, z, q = make_head(F.normalize(randn(5, 8), dim=1)), randn(10, 8, seed=1), randn(10, 5, seed=2).softmax(1)
+    loss = head(z.requires_grad_(), q.requires_grad_(), 0.08)
     loss.backward()
-    assert head.prototypes.grad.abs().sum() > 0 and q.grad is None
-    assert all(p.grad is None for p in model.parameters())
+    assert head.prototypes.grad.abs().sum() > 0 and z.grad is None and q.grad is None
     along = (head.prototypes.grad * head.prototypes).sum(1)
     torch.testing.assert_close(along, torch.zeros(5), atol=1e-5, rtol=0)  # a prototype's length does not matter
     assert self_labeling_loss(z, head.prototypes - 0.01 * head.prototypes.grad, q) < loss
 
 
-def test_self_labeling_loss_over_nothing():
-    c = randn(4, 8).requires_grad_()
-    loss = self_labeling_loss(torch.zeros(0, 8), c, torch.zeros(0, 4))
-    loss.backward()
-    assert loss.item() == 0 and c.grad.abs().sum() == 0
-
-
-def test_head_scores_are_cosines():
+def test_head_scores_are_cosines_and_only_prototypes_are_learnt():
     head, features = make_head(5 * randn(6, 12)), randn(2, 12, 3, 4, seed=1)
     expected = torch.cosine_similarity(features[:, None], head.prototypes[None, :, :, None, None], dim=2)
     torch.testing.assert_close(head.cosine(features), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert head.cosine(features.bfloat16()).shape == (2, 6, 3, 4)
-
-
-def test_head_keeps_the_marginal_and_the_start_but_learns_the_prototypes():
-    head = SelfLabelingHead(6, 12)
     assert [name for name, _ in head.named_parameters()] == ["prototypes"]
     assert set(head.state_dict()) == {"prototypes", "start", "marginal"}
-    torch.testing.assert_close(head.marginal, torch.full((6,), 1 / 6))
+    head.start.copy_(randn(6, 12, seed=2))
+    assert head.moved().item() == pytest.approx(1 - torch.cosine_similarity(head.prototypes, head.start).mean().item())
 
 
 def test_class_sums_against_a_loop():
@@ -394,10 +275,7 @@ def test_class_sums_against_a_loop():
 
 def test_rectification_hand_values():  # P7
     p, cosine = torch.tensor([0.6, 0.4]).view(1, 2, 1, 1), torch.tensor([0.1, 0.2]).view(1, 2, 1, 1)
-    w = (cosine / 0.08).softmax(1)
-    assert (w[0, 1] / w[0, 0]).item() == pytest.approx(3.490, abs=5e-4)
-    assert (0.4 * w[0, 1] / w[0, 0]).item() == pytest.approx(1.396, abs=5e-4)
-    label = rectify(p, cosine)
+    label = rectify(p, cosine)  # weights 1 : 3.490, product 0.6 : 1.396
     assert label.shape == (1, 1, 1) and label.dtype == torch.int64 and label.item() == 1
     assert rectify(p, cosine, temperature=1.0).item() == 0  # 0.6 > 0.4 e^0.1
     # e^(d / 0.08) = 1.5 at d = 0.0324: the weight ratio decides there
@@ -405,22 +283,15 @@ def test_rectification_hand_values():  # P7
     assert rectify(p, torch.tensor([0.0, 0.0326]).view(1, 2, 1, 1)).item() == 1
 
 
-def test_rectification_against_the_product():  # CPSL-16, CPSL-17
+def test_rectification_against_the_product():  # CPSL-16, CPSL-17, P7
     p, cosine = randn(2, K, 6, 7).softmax(1), random_scores(2, K, 6, 7, seed=1, dtype=torch.float32)
     expected = ((cosine.double() / 0.08).softmax(1) * p.double()).argmax(1)
     assert torch.equal(rectify(p, cosine), expected) and not torch.equal(expected, p.argmax(1))
     assert not torch.equal(expected, cosine.argmax(1))
-
-
-def test_rectification_invariances():  # P7
-    p, cosine = randn(2, K, 6, 7).softmax(1), random_scores(2, K, 6, 7, seed=1, dtype=torch.float32)
     assert torch.equal(rectify(p, torch.full_like(cosine, 0.3)), p.argmax(1))  # uniform P_SL
-    assert torch.equal(rectify(7 * p, cosine), rectify(p, cosine))
     y = labels(2, 6, 7)
     sure = F.one_hot(y, K).permute(0, 3, 1, 2).float()
-    assert torch.equal(rectify(sure, cosine), y)
     assert torch.equal(rectify(sure, 1000 * cosine), y)  # weights that underflow as numbers
-    assert torch.equal(rectify(p[:, :1], cosine[:, :1]), torch.zeros(2, 6, 7, dtype=torch.long))
 
 
 # ---------------------------------------------- symmetric cross-entropy ----------------------------------------------
@@ -438,35 +309,23 @@ def test_symmetric_cross_entropy_hand_values():  # P8
 
 
 def test_symmetric_cross_entropy_against_the_clamped_definition():  # P8: CPSL-3 with its clamps, pixel by pixel
-    logits, label = 2 * randn(2, 5, 4, 3), labels(2, 4, 3, classes=5)
+    logits, label = 2 * randn(2, 5, 3, 4), labels(2, 24, 32, classes=5)
     label[0, :2] = 255
-    terms = []
+    maps, terms = common.upsample(logits, (24, 32)), []
     for n, y, x in (label != 255).nonzero().tolist():
-        p = logits[n, :, y, x].double().softmax(0)
+        p = maps[n, :, y, x].double().softmax(0)
         target = torch.zeros(5, dtype=torch.float64)
         target[label[n, y, x]] = 1
-        rce = -(p.clamp(1e-7, 1) * target.clamp(1e-4, 1).log()).sum().item()
-        assert rce == pytest.approx(9.210340 * (1 - p[label[n, y, x]].item()), abs=1e-5)
-        terms.append(0.1 * -p[label[n, y, x]].log().item() + rce)
+        terms.append(0.1 * -p[label[n, y, x]].log().item() - (p.clamp(1e-7, 1) * target.clamp(1e-4, 1).log()).sum().item())
     assert symmetric_cross_entropy(logits, label).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
-@pytest.mark.parametrize("p, pull", [(0.5, 2.353), (0.01, 0.190), (0.99, 0.092)])
+@pytest.mark.parametrize("p, pull", [(0.5, 2.353), (0.01, 0.190)])
 def test_symmetric_cross_entropy_hardly_pulls_at_a_confident_mistake(p, pull):
-    """By hand: (1 - p) (alpha + beta A p) on the label's logit."""
+    """By hand: (1 - p) (alpha + beta A p) on the label's logit. So few steps learn little from reverse CE alone."""
     logits = torch.tensor([math.log(p), math.log(1 - p)]).view(1, 2, 1, 1).requires_grad_()
     symmetric_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.long)).backward()
-    assert -logits.grad[0, 0].item() == pytest.approx((1 - p) * (0.1 + 9.210340 * p), rel=1e-4)
     assert logits.grad.flatten().tolist() == pytest.approx([-pull, pull], abs=6e-4)
-
-
-def test_symmetric_cross_entropy_is_taken_at_the_labels_size_and_gradients_stay_finite():
-    logits, label = randn(1, 5, 3, 4), labels(1, 24, 32, classes=5)
-    expected = symmetric_cross_entropy(common.upsample(logits, (24, 32)), label)
-    torch.testing.assert_close(symmetric_cross_entropy(logits, label), expected)
-    extreme = torch.tensor([80.0, -80.0]).view(1, 2, 1, 1).requires_grad_()
-    symmetric_cross_entropy(extreme, torch.ones(1, 1, 1, dtype=torch.long)).backward()
-    torch.testing.assert_close(extreme.grad.flatten(), torch.tensor([0.1, -0.1]))  # only CE still pulls
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 6), (0, 4, 6)])
@@ -477,23 +336,18 @@ def test_losses_over_nothing_are_a_connected_zero(shape):
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
 
-def test_symmetric_cross_entropy_of_one_class_is_zero():
-    assert symmetric_cross_entropy(randn(1, 1, 4, 6), torch.zeros(1, 4, 6, dtype=torch.long)).item() == 0
-
-
 # -------------------------------------------- consistency and distillation --------------------------------------------
 
 
-def test_divergence_normalisation():  # P9: also over the classes
-    t, s = 2 * randn(2, K, 4, 5), randn(2, K, 4, 5, seed=1)
+def test_divergence_is_a_mean_over_classes_too_and_trains_the_follower():  # P6, P9
+    t, s = (2 * randn(2, K, 4, 5)).requires_grad_(), randn(2, K, 4, 5, seed=1).requires_grad_()
     assert kl_divergence(t, t).item() == pytest.approx(0, abs=1e-7)
-    log_t, log_s = t.double().log_softmax(1), s.double().log_softmax(1)
+    log_t, log_s = t.detach().double().log_softmax(1), s.detach().double().log_softmax(1)
     each = (log_t.exp() * (log_t - log_s)).sum(1)  # nats per pixel
-    one = kl_divergence(t[1:, :, 2:3, 3:4], s[1:, :, 2:3, 3:4])
-    assert one.item() == pytest.approx(each[1, 2, 3].item() / 19, rel=1e-5)
-    assert kl_divergence(t, s).item() == pytest.approx(each.mean().item() / 19, rel=1e-5)
-    assert kl_divergence(s, t).item() != pytest.approx(kl_divergence(t, s).item(), rel=0.05)
-    assert kl_divergence(t[:, :1], s[:, :1]).item() == 0  # one class
+    loss = kl_divergence(t, s)
+    assert loss.item() == pytest.approx(each.mean().item() / 19, rel=1e-5)
+    loss.backward()
+    assert t.grad is None and s.grad.abs().sum() > 0
 
 
 def test_divergence_is_never_negative_where_the_authors_form_is():  # P13
@@ -502,41 +356,31 @@ def test_divergence_is_never_negative_where_the_authors_form_is():  # P13
     authors = torch.where(t > 0, t * (t.log() - t), 0).mean()  # the student's softmax in place of its logarithm
     assert authors.item() == pytest.approx(-1 / 19)
     assert kl_divergence(one_hot, one_hot).item() == 0
-    for seed in range(50):
-        t, s = 5 * randn(2, 1, K, 1, 1, seed=seed)
-        assert kl_divergence(t, s).item() >= 0
-
-
-def test_divergence_trains_the_student_and_not_the_momentum_prototypes():  # P6
-    model, head = common.DeepLabV2(5, "resnet14"), make_head(randn(5, 256)).requires_grad_(False)
-    features, _ = model(randn(2, 3, 32, 64))
-    teacher = randn(2, 5, 5, 9).requires_grad_()
-    kl_divergence(teacher, head.cosine(features) / 0.08).backward()
-    assert model.backbone[0].weight.grad.abs().sum() > 0
-    assert head.prototypes.grad is None and teacher.grad is None
-    assert all(branch.weight.grad is None for branch in model.classifier)
 
 
 def test_strong_view_changes_looks_and_not_geometry(monkeypatch):
     dataset = common.ToyStreets("target", size=(48, 64))
-    images = torch.stack([dataset[i]["image"] for i in range(8)])
+    images = torch.stack([dataset[i]["image"] for i in range(16)])
     view = cpsl.strong_view(images, 5)
-    assert view.shape == images.shape
+    assert view.shape == images.shape and view.dtype == torch.uint8
     assert torch.equal(view, cpsl.strong_view(images, 5)) and not torch.equal(view, cpsl.strong_view(images, 6))
-    moved = (view - images).abs().flatten(1).mean(1)
-    # A quarter of the pictures stays, the others change each in its own way.
-    assert (moved < 1e-5).any() and (moved > 0.02).any()
-    torch.testing.assert_close(view[moved < 1e-5], images[moved < 1e-5], atol=1e-5, rtol=0)
-    for before, after in zip(images, view):
+    same = (view == images).flatten(1).all(1)
+    assert 1 <= same.sum() <= 10  # a quarter of the pictures stays, the others change each in its own way
+    for before, after in zip(images.float(), view.float()):
         edges = [(image[:, :, 1:] - image[:, :, :-1]).abs().mean(0).flatten() for image in (before, after)]
         assert torch.corrcoef(torch.stack(edges))[0, 1] > 0.5
+    def sharpness(image):
+        return (image[:, :, 1:].float() - image[:, :, :-1].float()).abs().mean()
+    blurred = torch.stack([sharpness(after) < 0.9 * sharpness(before) for before, after in zip(images, view)])
+    assert 2 <= blurred.sum() <= 14
+    one = images[:1].repeat(16, 1, 1, 1)
+    assert len({tuple(v.flatten()[:50].tolist()) for v in cpsl.strong_view(one, 5)}) > 4
     state = torch.get_rng_state()
     cpsl.strong_view(images, 7)
     assert torch.equal(state, torch.get_rng_state())
-    same = images[:1].repeat(8, 1, 1, 1)
-    assert len({tuple(v.flatten()[:50].tolist()) for v in cpsl.strong_view(same, 5)}) > 3
     monkeypatch.setattr(common, "rank", lambda: 1)  # the second process's share is distorted as in one process
-    assert torch.equal(cpsl.strong_view(images[4:], 5), view[4:])
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    assert torch.equal(cpsl.strong_view(images[8:], 5), view[8:])
 
 
 def test_confident_labels():
@@ -553,9 +397,8 @@ def test_momentum_copy():  # P11
     start = [p.detach().clone() for p in average.parameters()]
     for _ in range(1000):
         update_average(average, model, 0.999)
-    assert 0.999**1000 == pytest.approx(0.3677, abs=5e-5)
     for a, s, m in zip(average.parameters(), start, model.parameters()):
-        torch.testing.assert_close(a, 0.3677 * s + 0.6323 * m, atol=2e-4, rtol=0)
+        torch.testing.assert_close(a, 0.3677 * s + 0.6323 * m, atol=2e-4, rtol=0)  # 0.999 ** 1000 = 0.3677
         assert a.grad is None and m.grad is None
     average.train()(randn(4, 2, 5, 5))  # its own statistics move, ...
     model.train()(randn(4, 2, 5, 5, seed=1))
@@ -564,64 +407,19 @@ def test_momentum_copy():  # P11
     assert all(torch.equal(a, m) for a, m in zip(average.buffers(), model.buffers()))
 
 
-@pytest.mark.parametrize("momentum, left", [(0.0, 0.0), (1.0, 1.0)])
-def test_momentum_at_its_ends(momentum, left):
-    model, average = nn.Linear(2, 2), nn.Linear(2, 2)
-    before = average.weight.detach().clone()
-    update_average(average, model, momentum)
-    torch.testing.assert_close(average.weight, left * before + (1 - left) * model.weight)
-
-
-def test_learning_rates():  # P14
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_learning_rates(optimizer):  # P14
     assert cpsl.poly_lr(5e-4, 999, 90000, 0.9) == pytest.approx(4.950e-4, abs=1e-7)
-    assert cpsl.poly_lr(6e-3, 75999, 90000, 0.9) == pytest.approx(1.1243e-3, abs=1e-6)
     model, head = common.DeepLabV2(5, "resnet14"), make_head(randn(5, 256))
-    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, head_scale=5.0, prototype_scale=7.0, device="cpu")
-    optimizer = cpsl.make_optimizer_with_prototypes(model, head, args)
-    cpsl.set_lr(optimizer, 1e-4)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 5e-4, 7e-4])
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 5e-4, 0.0]
-    assert optimizer.param_groups[2]["params"] == [head.prototypes]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len([*model.parameters()]) + 1
-
-
-# -------------------------------------------------- does it work? --------------------------------------------------
-
-
-def test_self_labels_recover_a_tail_that_the_pseudo_labels_miss():  # P15
-    """Gaussian classes with a long tail, and P_ST that takes much of the tail for the head's classes."""
-    g = seeded(0)
-    share = torch.tensor([0.6, 0.3, 0.06, 0.04])
-    y = torch.multinomial(share, 4000, replacement=True, generator=g)
-    centres = F.normalize(torch.randn(4, 16, generator=g), dim=1)
-    z = F.normalize(centres[y] + 0.15 * torch.randn(4000, 16, generator=g), dim=1)
-    logits = 1.5 * F.one_hot(y, 4) + share.log() / 2 + torch.randn(4000, 4, generator=g)
-    p_st = logits.softmax(1)
-    biased = p_st.argmax(1)
-
-    def train(marginal):
-        start = class_sums(z.T.reshape(1, 16, 40, 100), biased.view(1, 40, 100), 4)[0]
-        c = nn.Parameter(F.normalize(start, dim=1))
-        optimizer = torch.optim.SGD([c], lr=0.05)
-        for step in range(60):
-            pick = torch.randint(4000, (256,), generator=g)
-            q = sinkhorn(z[pick] @ F.normalize(c.detach(), dim=1).T, marginal)
-            optimizer.zero_grad()
-            self_labeling_loss(z[pick], c, q).backward()
-            optimizer.step()
-        cosine = z @ F.normalize(c.detach(), dim=1).T
-        return rectify(p_st.T.reshape(1, 4, 40, 100), cosine.T.reshape(1, 4, 40, 100)).flatten()
-
-    def recall(label):
-        return (label == y)[y >= 2].float().mean().item()
-
-    def right(label):
-        return (label == y).float().mean().item()
-
-    balanced, uniform = train(share), train(torch.full((4,), 0.25))
-    assert recall(balanced) > recall(biased) + 0.1
-    # A uniform marginal inflates the tail.
-    assert right(balanced) > right(biased) and right(balanced) > right(uniform)
+    args = argparse.Namespace(optimizer=optimizer, head_lr=10.0, head_scale=5.0, hold_prototypes=False, device="cpu")
+    network, prototypes = cpsl.make_optimizers(model, head, args)
+    cpsl.set_lr(network, 1e-4)
+    cpsl.set_lr(prototypes, 7e-4)
+    assert [group["lr"] for group in network.param_groups] == pytest.approx([1e-4, 5e-4])
+    assert sum(len(group["params"]) for group in network.param_groups) == len([*model.parameters()])
+    (group,) = prototypes.param_groups
+    assert type(prototypes) is torch.optim.SGD and group["params"] == [head.prototypes]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (7e-4, 0.9, 0)
 
 
 # --------------------------------------------------- one step ---------------------------------------------------
@@ -653,37 +451,43 @@ class Step:
 
     def __init__(self, past=50, size=50, step=2, **settings):
         self.args, self.step = argparse.Namespace(**{**SETTINGS, **settings}), step
-        self.network, self.warm, self.teacher = Tiny(1), Tiny(2), Tiny(3)
-        self.head, self.teacher_head = make_head(randn(5, 6, seed=41)), make_head(randn(5, 6, seed=42))
+        self.network, self.warm_up, self.momentum = Tiny(1), Tiny(2), Tiny(3)
+        self.head, self.momentum_head = make_head(randn(5, 6, seed=41)), make_head(randn(5, 6, seed=42))
         self.head.marginal.copy_(torch.tensor([0.5, 0.3, 0.1, 0.07, 0.03]))
-        self.teacher_head.requires_grad_(False)
+        self.momentum_head.requires_grad_(False)
         self.past = F.normalize(randn(past, 6, seed=43), dim=1)
         self.bank = MemoryBank(size, 6)
         self.bank.push(self.past)
-        self.x_s, self.x_t = (randn(2, 3, 32, 64, seed=s) for s in (51, 52))
+        self.x_s, self.x_t = randn(2, 3, 32, 64, seed=51), picture(2, 3, 32, 64, seed=52)
         self.y_s = labels(2, 32, 64, classes=5, seed=53)
         self.y_s[:, :, :20] = 255
+        self.models = SimpleNamespace(network=self.network, self_labeling=self.head, head=self.head, bank=self.bank,
+                                      warm_up=self.warm_up, momentum=self.momentum, momentum_head=self.momentum_head)
 
     def terms(self):
-        return cpsl.step_losses(self.network, self.head, (self.warm, self.teacher, self.teacher_head), self.head,
-                                self.bank, (self.x_s, self.y_s), self.x_t, self.args, self.step)
+        return cpsl.step_losses(self.models, (self.x_s, self.y_s), self.x_t, self.args, self.step)
+
+    def views(self):
+        """The target images as who labels sees them, as the network learns them, distorted."""
+        seed = self.args.seed
+        return map(common.normalise, (self.x_t, common.colour_jitter(self.x_t, seed, 6, self.step),
+                                      cpsl.strong_view(self.x_t, seed, 8, self.step)))
 
     @torch.no_grad()
     def expected(self):
         """{term: value} and what the bank holds afterwards, in float64 and without the functions under test."""
-        args, up = self.args, lambda maps: common.upsample(maps.double(), (32, 64))
-        (features_e, _), (_, logits_w) = self.teacher(self.x_t), self.warm(self.x_t)
-        (_, logits_s), (_, logits_t) = self.network(self.x_s), self.network(self.x_t)
-        view = cpsl.strong_view(self.x_t, args.seed, 8, self.step)
-        features_v, _ = self.network(view)
+        args, up, (clean, jittered, strong) = self.args, lambda x: common.upsample(x.double(), (32, 64)), self.views()
+        (features, _), (_, logits_warm) = self.momentum(clean), self.warm_up(clean)
+        (_, logits_s), (_, logits_t) = self.network(self.x_s), self.network(jittered)
+        features_strong, _ = self.network(strong)
 
         def cosine(features, prototypes):
             prototypes = prototypes.double()[None, :, :, None, None]
             return torch.cosine_similarity(features.double()[:, None], prototypes, dim=2)
 
-        p_st, cosine_e = up(logits_w).softmax(1), cosine(features_e, self.teacher_head.prototypes)
+        p_st, similar = up(logits_warm).softmax(1), cosine(features, self.momentum_head.prototypes)
         fixed = p_st.argmax(1)
-        y = (p_st * (up(cosine_e) / args.temperature).softmax(1)).argmax(1) if args.rectify else fixed  # CPSL-16, -17
+        y = (p_st * (up(similar) / args.temperature).softmax(1)).argmax(1) if args.rectify else fixed  # CPSL-16, -17
         log_p = up(logits_t).log_softmax(1).gather(1, y[:, None])
         values = {"ce_s": F.cross_entropy(up(logits_s), self.y_s, ignore_index=255).item(),
                   "sce_t": (args.alpha * -log_p - args.beta * math.log(1e-4) * (1 - log_p.exp())).mean().item()}
@@ -693,7 +497,7 @@ class Step:
         # Which 32 pixels: all of them. Fewer: see the tests of pick_pixels.
         u = torch.rand(2, 4, 8, generator=common.generator(args, 7, self.step))
         position = pick_pixels(common.grid_labels(y, (4, 8)), args.pixels, u, args.sampling == "proportional")
-        unit = F.normalize(features_e.double(), dim=1).flatten(2)  # (N, D, h w)
+        unit = F.normalize(features.double(), dim=1).flatten(2)  # (N, D, h w)
         c = F.normalize(self.head.prototypes.double(), dim=1)
         past = self.past.double() if len(self.past) == self.bank.size else self.past[:0].double()
         parts, pushed = [], []
@@ -707,17 +511,17 @@ class Step:
         values["changed"] = (y != fixed).double().mean().item()
         values["loss"] += args.lambda_sl * values["sl"]
         if args.consistency:
-            t = (cosine_e / args.temperature).softmax(1)
-            s = (cosine(features_v, self.teacher_head.prototypes) / args.temperature).softmax(1)
+            t = (similar / args.temperature).softmax(1)
+            s = (cosine(features_strong, self.momentum_head.prototypes) / args.temperature).softmax(1)
             values["cons"] = (t * (t.log() - s.log())).mean().item()
             values["loss"] += args.lambda_cons * values["cons"]
         return values, torch.cat([self.past.double(), *pushed])[-self.bank.size:]
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"pixels": 10}, {"pixels": 10, "sampling": "uniform"}, {"rectify": False}, {"consistency": False},
+    {}, {"pixels": 10, "seed": 4}, {"pixels": 10, "sampling": "uniform"}, {"rectify": False}, {"consistency": False},
     {"past": 30}, {"temperature": 0.08, "epsilon": 0.05, "sinkhorn_iterations": 3, "alpha": 0.1, "beta": 1.0},
-    {"rectify": False, "consistency": False}, {"size": 20, "past": 20}])
+    {"size": 20, "past": 20, "step": 5}])
 def test_every_term_of_a_step_equals_its_independent_value(settings):  # CPSL-1 to -11, -16 to -18
     step = Step(**settings)
     expected, memory = step.expected()
@@ -742,106 +546,53 @@ def test_each_term_reaches_the_weights_that_it_should(term):  # P6
     reached = [p.grad is not None and p.grad.abs().sum().item() > 0 for p in (
         step.network.backbone.weight, step.network.classifier.weight, step.head.prototypes)]
     assert tuple(reached) == ROUTES[term]
-    frozen = [*step.warm.parameters(), *step.teacher.parameters(), *step.teacher_head.parameters()]
+    frozen = [*step.warm_up.parameters(), *step.momentum.parameters(), *step.momentum_head.parameters()]
     assert all(p.grad is None for p in frozen) and not step.bank.items().requires_grad
 
 
-def gradients(coefficients, **settings):
-    """Gradient of each weight, of the sum of some terms with coefficients."""
-    step = Step(**settings)
-    terms = step.terms()
-    sum(c * terms[term] for term, c in coefficients.items()).backward()
-    return [p.grad for p in (*step.network.parameters(), step.head.prototypes)]
-
-
-@pytest.mark.parametrize("sl, cons", [(0.4, 3.0), (0.0, 1.0), (1.0, 0.0)])
-def test_the_total_pulls_with_the_weights_of_its_terms(sl, cons):  # CPSL-11
-    total = gradients({"loss": 1}, lambda_sl=sl, lambda_cons=cons)
-    parts = gradients({"ce_s": 1, "sce_t": 1, "sl": sl, "cons": cons})
-    for one, other in zip(total, parts):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("flag, value, changed", [
-    ("alpha", 0.6, {"sce_t", "loss"}), ("beta", 0.1, {"sce_t", "loss"}), ("lambda_sl", 0.0, {"loss"}),
-    ("lambda_cons", 0.0, {"loss"}), ("epsilon", 0.2, {"sl", "loss"}), ("sinkhorn_iterations", 5, {"sl", "loss"}),
-    ("pixels", 9, {"sl", "loss"}), ("seed", 4, {"cons", "loss"}), ("consistency", False, {"cons", "loss"}),
-    ("temperature", 0.5, {"sce_t", "sl", "cons", "changed", "loss"}),
-    ("rectify", False, {"sce_t", "sl", "cons", "changed", "loss"}), ("lambda_kd", 9.0, set())])
-def test_each_flag_changes_what_it_says(flag, value, changed):
-    usual, other = Step().terms(), Step(**{flag: value}).terms()
-    usual, other = ({name: term.item() for name, term in terms.items()} for terms in (usual, other))
-    assert {name for name in usual if usual[name] != pytest.approx(other.get(name, -1), rel=1e-6)} == changed
-
-
-@pytest.mark.parametrize("flag, value", [("seed", 4), ("step", 3), ("sampling", "uniform")])
-def test_pixels_are_drawn_anew_for_every_step_and_seed(flag, value):
-    usual, other = Step(pixels=9).terms(), Step(**{"pixels": 9, flag: value}).terms()
-    assert usual["sl"].item() != other["sl"].item() and usual["sce_t"].item() == other["sce_t"].item()
-
-
-def test_the_marginal_of_the_head_enters_the_transport_problem():
-    step, uniform = Step(), Step()
-    uniform.head.marginal.fill_(0.2)
-    uniform.teacher_head.marginal.fill_(0.9)  # a copy that is not asked
-    assert step.terms()["sl"].item() != pytest.approx(uniform.terms()["sl"].item(), rel=1e-3)
-
-
-def test_who_sees_which_view():
-    """The momentum and the warm-up model see the plain view, the student the plain and then the strong one."""
+def test_who_labels_sees_the_clean_picture_and_who_learns_the_jittered_one():
     step = Step(step=4)
+    clean, jittered, strong = step.views()
     step.terms()
-    strong = cpsl.strong_view(step.x_t, 3, 8, 4)
-    assert not torch.equal(strong, step.x_t) and not torch.equal(strong, cpsl.strong_view(step.x_t, 3, 8, 2))
-    assert [len(model.seen) for model in (step.network, step.warm, step.teacher)] == [3, 1, 1]
-    for seen, image in zip(step.network.seen, (step.x_s, step.x_t, strong)):
-        assert torch.equal(seen, image)
-    assert step.warm.seen[0] is step.teacher.seen[0] is step.x_t
-    plain = Step(consistency=False)
-    plain.terms()
-    assert len(plain.network.seen) == 2
+    assert all((a - b).abs().mean() > 0.01 for a, b in ((clean, jittered), (clean, strong), (jittered, strong)))
+    for model, images in ((step.network, (step.x_s, jittered, strong)), (step.warm_up, (clean,)),
+                          (step.momentum, (clean,))):
+        assert len(model.seen) == len(images) and all(map(torch.equal, model.seen, images))
     without = Step(rectify=False)
     without.terms()
-    assert [len(model.seen) for model in (without.network, without.warm, without.teacher)] == [2, 1, 0]
+    assert [len(model.seen) for model in (without.network, without.warm_up, without.momentum)] == [2, 1, 0]
+    assert torch.equal(without.warm_up.seen[0], clean)
 
 
-def test_target_labels_are_those_of_warm_up_model_and_momentum_head():
-    """A momentum head that knows decides where the warm-up model does not, and the other way round."""
-    step = Step()
-    frozen = (step.warm, step.teacher, step.teacher_head)
-    y, fixed, features = cpsl.target_labels(step.x_t, *frozen, step.args)
-    assert torch.equal(fixed, common.upsample(step.warm(step.x_t)[1], (32, 64)).argmax(1))
-    assert torch.equal(features, step.teacher(step.x_t)[0]) and not features.requires_grad
-    assert not torch.equal(y, fixed)
-    step.warm.classifier.weight.data.zero_()
-    step.warm.classifier.bias.data.zero_()
-    y, _, _ = cpsl.target_labels(step.x_t, *frozen, step.args)
-    assert torch.equal(y, common.upsample(step.teacher_head.cosine(features), (32, 64)).argmax(1))
-    step.teacher_head.prototypes.copy_(step.teacher_head.prototypes[:1].expand(5, -1))
-    step.warm.classifier.bias.data[3] = 1
-    y, fixed, _ = cpsl.target_labels(step.x_t, *frozen, step.args)
-    assert (y == 3).all() and (fixed == 3).all()
-    step.args.rectify = False
-    y, fixed, features = cpsl.target_labels(step.x_t, *frozen, step.args)
-    assert y is fixed and features is None
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_lambda_sl_scales_the_motion_of_the_prototypes_and_held_ones_stay(optimizer):
+    moved = {}
+    for weight, hold in ((0.1, False), (0.4, False), (0.0, False), (0.4, True)):
+        step = Step(lambda_sl=weight, hold_prototypes=hold, optimizer=optimizer, head_lr=1.0, head_scale=1.0)
+        _, prototypes = cpsl.make_optimizers(step.network, step.head, step.args)
+        cpsl.set_lr(prototypes, 0.05)
+        before = step.head.prototypes.detach().clone()
+        step.terms()["loss"].backward()
+        prototypes.step()
+        moved[weight, hold] = step.head.prototypes.detach() - before
+    assert moved[0.1, False].abs().max() > 1e-4
+    torch.testing.assert_close(moved[0.4, False], 4 * moved[0.1, False], rtol=1e-3, atol=1e-6)
+    assert moved[0.0, False].abs().max() == 0 and moved[0.4, True].abs().max() == 0
 
 
 def test_the_self_labelling_loss_goes_through_the_distributed_head():
     """DistributedDataParallel averages the gradients of what goes through it, and of nothing else."""
-    step = Step()
-    calls = []
-    features, y = step.teacher(step.x_t)[0].detach(), labels(2, 4, 8, classes=5)
-    loss = cpsl.prototype_loss(features, y, step.head, lambda z, q, T: calls.append((z, q, T)) or z.sum(), step.bank,
-                               step.args, seeded())
+    step, calls = Step(), []
+    step.models.self_labeling = lambda z, q, T: calls.append((z, q, T)) or z.sum()
+    step.terms()
     (z, q, temperature), = calls
-    assert z.shape == (2, 32, 6) and q.shape == (2, 32, 5) and temperature == 0.1 and loss.item() == z.sum().item()
-    assert not q.requires_grad
+    assert z.shape == (2, 32, 6) and q.shape == (2, 32, 5) and temperature == 0.1 and not q.requires_grad
 
 
 def test_a_step_without_a_source_label_and_with_a_single_predicted_class():
     step = Step()
     step.y_s[:] = 255
-    step.warm.classifier.bias.data = torch.tensor([0, 0, 1e4, 0, 0])
+    step.warm_up.classifier.bias.data = torch.tensor([0, 0, 1e4, 0, 0])
     step.head.marginal.copy_(torch.tensor([0, 0, 1.0, 0, 0]))  # r_k = 0 for all the others
     terms = step.terms()
     terms["loss"].backward()
@@ -877,8 +628,6 @@ def test_every_term_of_a_distillation_step():  # CPSL-12, CPSL-13
         terms[name].backward(retain_graph=True)
         assert all(p.grad.abs().sum() > 0 for p in network.parameters())
     assert all(p.grad is None for p in teacher.parameters())
-    y_t[:] = 255  # the teacher is sure of nothing
-    assert cpsl.distill_losses(network, teacher, (x_s, y_s), (x_t, y_t), args)["ce_t"].item() == 0
 
 
 # ------------------------------------------- preparation, labels and meters -------------------------------------------
@@ -887,7 +636,8 @@ def test_every_term_of_a_distillation_step():  # CPSL-12, CPSL-13
 def toy_args(**settings):
     return argparse.Namespace(**{**dict(source="toy", toy_world=0, toy_images=24, size=(32, 64), batch_size=2,
                                         workers=0, device="cpu", precision="fp32", seed=0, marginal="pseudo",
-                                        rectify=True, temperature=0.08, confidence=0.95), **settings})
+                                        rectify=True, temperature=0.08, confidence=0.95, batch_norm="frozen"),
+                                 **settings})
 
 
 class Maps(nn.Module):
@@ -911,12 +661,11 @@ def test_prepare_against_a_loop(monkeypatch, marginal):
     logits[2:, 2] = -1e4
     logits[0, 2], logits[1, 2] = -1e4, -1e4
     logits[0, 2, 0, :2], logits[1, 2, 0, :3] = 1e4, 1e4  # 2 of 10000 are too few, 3 enough, as 10 of 33153
-    asked = []
+    asked, sums = [], []
     true_dataset = common.target_dataset
     monkeypatch.setattr(common, "target_dataset",
                         lambda *given, **named: asked.append((given[1:], named)) or true_dataset(*given, **named))
     monkeypatch.setattr(common, "evaluation_batches", lambda dataset, args: iter([{"image": None}] * 3))
-    sums = []
     monkeypatch.setattr(common, "all_sum", lambda tensor: sums.append(tensor.shape) or tensor)
     head = SelfLabelingHead(4, 8)
     cpsl.prepare(Maps(features, logits).train(), head, toy_args(marginal=marginal))
@@ -936,41 +685,38 @@ def test_prepare_against_a_loop(monkeypatch, marginal):
 
 @pytest.fixture(scope="module")
 def trained(start):
-    """A source-only network, the momentum network and a head whose prototypes have moved."""
-    args = toy_args()
-    warm = common.load_model(start, args).eval()
-    head = SelfLabelingHead(16, 256)
-    cpsl.prepare(warm, head, args)
-    teacher, teacher_head = copy.deepcopy(warm), copy.deepcopy(head).requires_grad_(False)
-    teacher_head.prototypes.add_(0.05 * randn(16, 256, seed=7))
-    return warm, teacher, teacher_head, head
+    """A source-only network, its momentum copy and momentum prototypes that have moved."""
+    warm, head = common.load_model(start, toy_args()).eval(), SelfLabelingHead(16, 256)
+    cpsl.prepare(warm, head, toy_args())
+    head.prototypes.data += 0.05 * randn(16, 256, seed=7)
+    return warm, copy.deepcopy(warm), head.requires_grad_(False)
 
 
-def test_label_meters_are_the_miou_of_the_target_train_labels(trained):
-    warm, teacher, teacher_head, head = copy.deepcopy(trained)
-    with torch.no_grad():
-        head.prototypes.add_(0.1 * randn(16, 256, seed=8))
-    meters = cpsl.measure_labels((warm, teacher.train(), teacher_head), head, toy_args())
-    cosine = torch.cosine_similarity(head.prototypes, head.start, dim=1)
-    assert meters["prototype_cosine"] == pytest.approx(cosine.mean().item()) and cosine.mean() < 0.99
-    confusion = {name: torch.zeros(16, 16, dtype=torch.float64) for name in ("labels_rectified", "labels_fixed")}
-    for item in common.target_dataset(toy_args(), "train", labelled=True):
+@pytest.mark.parametrize("number", [None, 7])
+def test_label_meters_are_the_miou_of_the_target_train_labels(trained, number):
+    warm, momentum, head = copy.deepcopy(trained)
+    views = common.target_dataset(toy_args(), "train")
+    meters = cpsl.measure_labels(warm.train(), momentum.train(), head, views, toy_args(), number)
+    assert momentum.training and len(common.live_batch_norms(momentum)) > 0  # a copy was settled, not this one
+    dataset = common.target_dataset(toy_args(), "train", labelled=True)
+    confusion = {name: np.zeros((16, 16)) for name in ("rectified", "fixed", "p_sl")}
+    for item in list(map(dataset.__getitem__, range(24)))[:number]:
         with torch.no_grad():
-            p_st = common.upsample(warm.eval()(item["image"][None])[1], (32, 64)).softmax(1)
-            cosine_e = teacher_head.cosine(teacher.eval()(item["image"][None])[0])
-        p_sl = (common.upsample(cosine_e, (32, 64)) / 0.08).softmax(1)
-        for name, prob in (("labels_rectified", p_sl * p_st), ("labels_fixed", p_st)):
+            image = common.normalise(item["image"][None])
+            p_st = common.upsample(warm.eval()(image)[1], (32, 64)).softmax(1)
+            cosine = head.cosine(momentum.eval()(image)[0])
+        p_sl = (common.upsample(cosine, (32, 64)) / 0.08).softmax(1)
+        for name, prob in (("rectified", p_sl * p_st), ("fixed", p_st), ("p_sl", p_sl)):
             true, guess = item["label"].flatten(), prob.argmax(1).flatten()
-            np.add.at(confusion[name].numpy(), (true[true != 255].numpy(), guess[true != 255].numpy()), 1)
+            np.add.at(confusion[name], (true[true != 255].numpy(), guess[true != 255].numpy()), 1)
     for name, table in confusion.items():
         hit, present = table.diagonal(), table.sum(1) > 0
-        iou = hit / (table.sum(0) + table.sum(1) - hit)
-        rare = torch.tensor([title in common.RARE for title in common.SYNTHIA_16]) & present
+        iou = hit / np.maximum(table.sum(0) + table.sum(1) - hit, 1)
+        rare = present & [title in common.RARE for title in common.SYNTHIA_16]
         assert rare.any()
-        assert meters[name] == pytest.approx(100 * iou[present].mean().item(), abs=0.02)
-        assert meters[f"{name}_rare"] == pytest.approx(100 * iou[rare].mean().item(), abs=0.02)
-    assert meters["labels_rectified"] != meters["labels_fixed"]
-    assert set(meters) == {*METERS, "labels_rectified_rare", "labels_fixed_rare"}
+        assert meters[f"labels_{name}"] == pytest.approx(100 * iou[present].mean(), abs=0.02)
+        assert meters[f"labels_{name}_rare"] == pytest.approx(100 * iou[rare].mean(), abs=0.02)
+    assert len(meters) == 6 and len({meters[f"labels_{name}"] for name in confusion}) == 3
 
 
 def test_distillation_labels_are_the_flip_averaged_sure_ones(trained, tmp_path):
@@ -978,7 +724,7 @@ def test_distillation_labels_are_the_flip_averaged_sure_ones(trained, tmp_path):
     prob = []
     with torch.no_grad():
         for item in dataset:
-            image = item["image"][None]
+            image = common.normalise(item["image"][None])
             both = [common.upsample(warm(x)[1], (32, 64)) for x in (image, image.flip(3))]
             prob.append((both[0].softmax(1) + both[1].flip(3).softmax(1))[0] / 2)
     best, label = torch.stack(prob).max(1)
@@ -988,10 +734,7 @@ def test_distillation_labels_are_the_flip_averaged_sure_ones(trained, tmp_path):
     stored = torch.stack([torch.from_numpy(common.read_label(tmp_path / f"labels/{item['name']}.png")).long()
                           for item in dataset])
     assert (stored != label).double().mean() < 1e-3  # rounding at the threshold
-    truth = torch.stack([item["label"] for item in dataset])
-    kept = stored != 255
-    assert shown["kept"] == pytest.approx(kept.double().mean().item()) and 0.3 < shown["kept"] < 0.6
-    assert shown["accuracy"] == pytest.approx((stored == truth)[kept].double().mean().item())
+    assert 0.3 < shown["kept"] < 0.6 and 0 <= shown["accuracy"] <= 1
 
 
 # --------------------------------------------------- command line ---------------------------------------------------
@@ -1007,47 +750,44 @@ def test_the_authors_values(monkeypatch):
     assert (args.temperature, args.epsilon, args.sinkhorn_iterations) == (0.08, 0.05, 3)
     assert (args.pixels, args.bank, args.ema) == (256, 65536, 0.999)
     assert (args.alpha, args.beta, args.lambda_sl, args.lambda_cons, args.lambda_kd) == (0.1, 1, 0.1, 5, 1)
-    assert (args.lr, args.head_scale, args.prototype_scale, args.iterations) == (1e-4, 5, 5, 90000)
+    assert (args.lr, args.head_scale, args.prototype_lr, args.iterations) == (1e-4, 5, 5e-4, 90000)
     assert (args.distill_lr, args.distill_iterations, args.confidence) == (6e-4, 90000, 0.95)
     assert args.rectify and args.consistency and args.marginal == "pseudo" and args.sampling == "proportional"
-    toy = parsed(monkeypatch)
-    assert (toy.pixels, toy.bank, toy.ema, toy.distill) == (64, 4096, 0.99, 0) and not toy.consistency
+    assert not args.hold_prototypes and args.distill == 0
+    toy, small = parsed(monkeypatch), parsed(monkeypatch, "--source", "synthia", "--preset", "small")
+    assert (toy.pixels, toy.bank, toy.ema) == (64, 4096, 0.99) and not toy.consistency
+    # The same way for the prototypes: rate times steps.
+    assert small.prototype_lr * small.iterations == pytest.approx(toy.prototype_lr * toy.iterations)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-def test_a_number_that_makes_no_sense_is_refused(monkeypatch, capsys, value):
-    numbers = ("--lr", "--head-scale", "--prototype-scale", "--temperature", "--epsilon", "--sinkhorn-iterations",
-               "--pixels", "--bank", "--ema", "--alpha", "--beta", "--lambda-sl", "--lambda-cons", "--distill",
-               "--distill-iterations", "--distill-lr", "--confidence", "--lambda-kd", "--iterations")
-    for flag in numbers:
+NUMBERS = ("--lr", "--head-scale", "--prototype-lr", "--temperature", "--epsilon", "--sinkhorn-iterations", "--pixels",
+           "--bank", "--ema", "--alpha", "--beta", "--lambda-sl", "--lambda-cons", "--distill", "--distill-iterations",
+           "--distill-lr", "--confidence", "--lambda-kd", "--iterations")
+
+
+@pytest.mark.parametrize("flags", [[f"{flag}=nan" for flag in NUMBERS], [f"{flag}=-1" for flag in NUMBERS],
+                                   ["--temperature=0", "--epsilon=0", "--pixels=0", "--sinkhorn-iterations=0", "--lr=0",
+                                    "--prototype-lr=0", "--ema=1.1", "--confidence=2", "--marginal=true",
+                                    "--sampling=all"]])
+def test_a_value_that_makes_no_sense_is_refused(monkeypatch, capsys, flags):
+    for flag in flags:
         with pytest.raises(SystemExit):
-            parsed(monkeypatch, f"{flag}={value}")
-        assert flag in capsys.readouterr().err
+            parsed(monkeypatch, flag)
+        assert flag.split("=")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, value", [("--temperature", 0), ("--epsilon", 0), ("--pixels", 0), ("--ema", 1.1),
-                                         ("--confidence", 2), ("--sinkhorn-iterations", 0), ("--marginal", "true"),
-                                         ("--sampling", "all"), ("--lr", 0)])
-def test_a_value_out_of_range_is_refused(monkeypatch, capsys, flag, value):
-    with pytest.raises(SystemExit):
-        parsed(monkeypatch, flag, value)
-    assert flag in capsys.readouterr().err
-
-
-def test_a_network_or_checkpoint_that_does_not_fit_is_refused_at_once(monkeypatch, tmp_path, start):
-    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+def test_a_checkpoint_that_does_not_fit_is_refused_at_once(monkeypatch, tmp_path, start):
     for flags, words in ((["--head", "proda", "--init", start], ["--init", "--head proda"]),
-                         (["--backbone", "vgg16-fcn8s"], ["vgg16-fcn8s", "one grid"]),
                          (["--backbone", "resnet18", "--init", start], ["resnet14", "resnet18"]),
                          (["--init", tmp_path / "gone.pt"], ["gone.pt"])):
         monkeypatch.setattr(sys, "argv", ["cpsl.py", *map(str, [*FEW, *flags, "--out", tmp_path / "run"])])
-        with pytest.raises(common.InputError) as error:
+        with pytest.raises((common.InputError, OSError)) as error:
             cpsl.main()
         assert all(word in str(error.value) for word in words)
 
 
 def test_the_authors_head():
-    model = cpsl.ProDANetwork(5, "resnet18")
+    model = cpsl.ProDANetwork(5, "resnet18", weights="none")
     features, logits = model(randn(2, 3, 32, 64))
     assert features.shape == (2, 256, 5, 9) and logits.shape == (2, 5, 5, 9) and model.feature_dim == 256
     assert (features < 0).float().mean() > 0.3  # signed
@@ -1057,8 +797,6 @@ def test_the_authors_head():
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.classifier.parameters())
     assert [branch[0].dilation[0] for branch in model.classifier["branches"]] == [1, 6, 12, 18, 24]
-    common.freeze_batch_norm(model.train())
-    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 # --------------------------------------------- main(), watched at work ---------------------------------------------
@@ -1066,11 +804,9 @@ def test_the_authors_head():
 # 32 pixels per step: the bank is full after two.
 FEW = [*TINY, "--consistency", "--warmup-iterations", 2, "--iterations", 4, "--pixels", 16, "--bank", 64,
        "--distill-iterations", 2]
-SGD = ["--optimizer", "sgd", "--lr", 0.01, "--head-scale", 3, "--prototype-scale", 7, "--head-lr", 2, "--ramp", 2,
-       "--distill-lr", 0.004, "--ema", 0.8, "--precision", "fp32"]
-
-
-METERS = {"prototype_cosine", "labels_rectified", "labels_fixed"}
+SGD = ["--optimizer", "sgd", "--lr", 0.01, "--head-scale", 3, "--prototype-lr", 0.07, "--head-lr", 2, "--ramp", 2,
+       "--distill-lr", 0.004, "--ema", 0.8]
+LABELS = {f"labels_{kind}" for kind in ("rectified", "fixed", "p_sl")}
 
 
 def weights(module):
@@ -1101,14 +837,18 @@ def watched(folder, start, *flags, unit=True):
     def note(what, **details):
         events.append((what, details))
 
-    class Distributed:
-        """What common.distribute gives: notes the mode of every forward of training."""
+    class Called:
+        """What common.distribute and common.compiled give: notes the mode of every forward of training."""
 
-        def __init__(self, module):
+        def __init__(self, module, args):
             self.module = module
 
         def __call__(self, *given):
             note("forward", module=type(self.module).__name__, training=self.module.training)
+            return self.module(*given)
+
+    class Compiled(Called):
+        def __call__(self, *given):
             return self.module(*given)
 
     def pull(terms, *modules):
@@ -1116,37 +856,34 @@ def watched(folder, start, *flags, unit=True):
             terms["loss"] = sum(p.sum() for m in modules for p in m.parameters() if p.requires_grad)
         return terms
 
-    def step(network, self_labeling, frozen, head, bank, source, x_t, args, number):
-        warm, teacher, teacher_head = frozen
-        given = dict(model=network.module, warm=warm, teacher=teacher, head=head, teacher_head=teacher_head)
-        terms = true_step(network, self_labeling, frozen, head, bank, source, x_t, args, number)
-        note("step", number=number, source=source, x_t=x_t, args=args, before=before.pop(), terms=terms.keys(),
-             given=given, self_labeling=self_labeling, training={name: m.training for name, m in given.items()},
-             filled=len(bank.items()), live=len(common.live_batch_norms(teacher)))
-        return pull(terms, network.module, head)
-
-    def first(network, self_labeling, frozen, head, bank, *rest):
-        """States before the step: its forwards move batch norm's statistics."""
-        before.append({name: weights(m) for name, m in zip(("model", "warm", "teacher", "teacher_head", "head"),
-                                                           (network.module, *frozen, head))})
-        return step(network, self_labeling, frozen, head, bank, *rest)
+    def step(models, source, images, args, number):
+        given = dict(model=models.network.module, head=models.head, warm_up=models.warm_up.module,
+                     momentum=models.momentum.module, momentum_head=models.momentum_head)
+        before = {name: weights(m) for name, m in given.items()}  # its forwards move batch norm's statistics
+        terms = true_step(models, source, images, args, number)
+        note("step", number=number, source=source, images=images, args=args, before=before, terms=terms.keys(),
+             given=given, self_labeling=models.self_labeling, filled=len(models.bank.items()),
+             training={name: m.training for name, m in given.items()},
+             live=len(common.live_batch_norms(given["momentum"])))
+        return pull(terms, given["model"], models.head)
 
     def distil(network, teacher, source, target, args):
-        note("distil", teacher=weights(teacher), mode=teacher.training, training=network.module.training,
+        note("distil", teacher=weights(teacher.module), mode=teacher.module.training, training=network.module.training,
              before=weights(network.module), source=source, target=target, args=args)
         return pull(true_distil(network, teacher, source, target, args), network.module)
 
-    true_step, true_distil, before = cpsl.step_losses, cpsl.distill_losses, []
-    true_settle, true_build = common.settle_batch_norm, cpsl.build_model
+    true_step, true_distil, true_build = cpsl.step_losses, cpsl.distill_losses, cpsl.build_model
+    true_settle = common.settle_batch_norm
     with pytest.MonkeyPatch.context() as patch:
         def around(module, name, look):
             """Calls `look` with the arguments of every call of a function, then the function."""
             original = getattr(module, name)
             patch.setattr(module, name, lambda *given, **named: (look(*given, **named), original(*given, **named))[1])
 
-        patch.setattr(cpsl, "step_losses", first)
+        patch.setattr(cpsl, "step_losses", step)
         patch.setattr(cpsl, "distill_losses", distil)
-        patch.setattr(common, "distribute", Distributed)
+        patch.setattr(common, "distribute", Called)
+        patch.setattr(common, "compiled", Compiled)
         # Both leave a model in evaluation mode, which no training loop may rely upon.
         patch.setattr(common, "settle_batch_norm", lambda model, views, args: (
             note("settle", model=model, domain=views.domain, split=views.split, augmented=views.augment is not None),
@@ -1154,19 +891,19 @@ def watched(folder, start, *flags, unit=True):
         patch.setattr(cpsl, "build_model", lambda args: true_build(args).eval())
         around(cpsl, "prepare", lambda warm, head, args: note(
             "prepare", start=weights(warm), live=len(common.live_batch_norms(warm))))
-        around(cpsl, "make_optimizer_with_prototypes", lambda model, head, args: note(
-            "optimizer", live=len(common.live_batch_norms(model)), marginal=head.marginal.clone()))
+        around(cpsl, "make_optimizers", lambda model, head, args: note(
+            "optimizer", live=len(common.live_batch_norms(model))))
         around(cpsl, "assign", lambda scores, past, marginal, epsilon, iterations: note(
             "assign", past=len(past), marginal=marginal.clone(), epsilon=epsilon, iterations=iterations))
-        around(cpsl, "measure_labels", lambda frozen, head, args: note(
-            "measure", frozen=[weights(m) for m in frozen], head=weights(head)))
+        around(cpsl, "measure_labels", lambda *given: note(
+            "measure", given=[weights(m) for m in given[:3]], views=given[3], number=given[5:]))
         around(cpsl, "label_target", lambda model, args, folder: note("label", start=weights(model), folder=folder))
         around(cpsl, "train_source", lambda model, dataset, args, run, file, steps, lr: note(
             "warm-up", dataset=dataset, file=file, steps=steps, lr=lr))
+        around(common, "training_batches", lambda *given, share=1, **named: note("batches", share=share))
         patch.setattr(common, "compare_with_source_only", lambda models, args, run, source_model, **meters: note(
             "compare", models={title: weights(model) for title, model in models.items()}, source=weights(source_model),
             meters=meters))
-        patch.setattr(common.signal, "signal", lambda *_: None)
         begin = ["--init", start] if start else []
         patch.setattr(sys, "argv", ["cpsl.py", *map(str, [*FEW, *begin, *flags, "--out", folder])])
         cpsl.main()
@@ -1178,7 +915,11 @@ def only(events, what):
 
 
 def order(events):
-    return [name for name, _ in events if name not in ("forward", "assign")]
+    return [name for name, _ in events if name not in ("forward", "assign", "batches")]
+
+
+def lines_of(folder, stage):
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == stage]
 
 
 @pytest.fixture(scope="module")
@@ -1189,33 +930,35 @@ def main_on_target(tmp_path_factory, start):
 
 def test_main_settles_batch_norm_before_all_that_depends_on_it(main_on_target, start):
     folder, events = main_on_target
-    assert order(events) == ["settle", "prepare", "optimizer", *["step"] * 4, "settle", "settle", "measure",
+    measure = ["measure", "settle"]
+    assert order(events) == ["settle", "prepare", "optimizer", *measure, *["step", *measure] * 4, "settle", *measure,
                              *["label", "distil", "distil", "settle"] * 2, "compare"]
     assert all((s["domain"], s["split"], s["augmented"]) == ("target", "train", True) for s in only(events, "settle"))
-    given = only(events, "step")[0]["given"]
-    first, last, momentum = [settled["model"] for settled in only(events, "settle")[:3]]
-    assert first is last is given["model"] and momentum is given["teacher"]
+    given, settled = only(events, "step")[0]["given"], [s["model"] for s in only(events, "settle")]
+    assert settled[0] is settled[6] is given["model"] and given["momentum"] not in settled  # a copy is measured
     assert only(events, "prepare")[0]["live"] == only(events, "optimizer")[0]["live"] == 0
     prepared, given = only(events, "prepare")[0]["start"], load(start)["model"]
     differ = {key for key in given if not torch.equal(given[key], prepared[key])}
     assert differ and all(map(statistic, differ))
-    assert same(prepared, load(folder / "warmup.pt")["model"])
+    assert same(prepared, dict(load(folder / "warmup.pt")["model"]))
+    shares = [b["share"] for b in only(events, "batches")]
+    assert shares.count(2) == 2 + 2 * 2  # two loaders at a time wherever it trains on both domains
 
 
 def test_main_starts_all_copies_from_the_warm_up_model_and_keeps_it(main_on_target):
     folder, events = main_on_target
     steps, warm = only(events, "step"), load(folder / "warmup.pt")
-    for name in ("model", "warm", "teacher"):
-        assert same(dict(steps[0]["before"][name]), dict(warm["model"])), name
-    assert same(steps[0]["before"]["head"], steps[0]["before"]["teacher_head"])
-    assert same(dict(steps[0]["before"]["head"]), dict(warm["head"]))
-    assert all(same(step["before"]["warm"], steps[0]["before"]["warm"]) for step in steps)
+    for name in ("model", "warm_up", "momentum"):
+        assert same(steps[0]["before"][name], dict(warm["model"])), name
+    for name in ("head", "momentum_head"):
+        assert same(steps[0]["before"][name], dict(warm["head"])), name
+    assert all(same(step["before"]["warm_up"], steps[0]["before"]["warm_up"]) for step in steps)
     modules = steps[0]["given"]
     pointers = [p.data_ptr() for m in modules.values() for p in m.parameters()]
     assert len(set(pointers)) == len(pointers)  # nothing is shared
-    for name in ("warm", "teacher", "teacher_head"):
+    for name in ("warm_up", "momentum", "momentum_head"):
         assert all(p.grad is None for p in modules[name].parameters()), name
-    assert not modules["teacher_head"].prototypes.requires_grad
+    assert not modules["momentum_head"].prototypes.requires_grad
 
 
 def test_main_trains_in_training_mode_on_what_it_should(main_on_target):
@@ -1223,7 +966,7 @@ def test_main_trains_in_training_mode_on_what_it_should(main_on_target):
     steps, forwards = only(events, "step"), only(events, "forward")
     assert [step["number"] for step in steps] == [1, 2, 3, 4]
     for step in steps:
-        assert step["training"]["model"] and step["training"]["teacher"] and not step["training"]["warm"]
+        assert step["training"]["model"] and step["training"]["momentum"] and not step["training"]["warm_up"]
         assert step["terms"] == {"loss", "ce_s", "sce_t", "sl", "cons", "changed"}
         assert step["self_labeling"].module is step["given"]["head"]
     assert all(forward["training"] for forward in forwards)
@@ -1232,11 +975,11 @@ def test_main_trains_in_training_mode_on_what_it_should(main_on_target):
     args = steps[0]["args"]
     datasets = [common.source_dataset(args, common.training_augment(args)),
                 common.target_dataset(args, "train", common.training_augment(args))]
-    batches = [list(common.training_batches(dataset, args, common.mix_seed(args.seed, purpose), 0, 4))
-               for dataset, purpose in zip(datasets, (4, 5))]
-    for step, (x_s, y_s), (x_t, y_t) in zip(steps, *batches):
+    batches = [list(common.training_batches(dataset, args, common.mix_seed(args.seed, purpose), 0, 4, jitter))
+               for dataset, purpose, jitter in zip(datasets, (4, 5), (0.3, None))]
+    for step, (x_s, y_s), (images, _) in zip(steps, *batches):
         assert torch.equal(step["source"][0], x_s) and torch.equal(step["source"][1], y_s)
-        assert torch.equal(step["x_t"], x_t) and y_t is None
+        assert torch.equal(step["images"], images) and images.dtype == torch.uint8
 
 
 def test_main_does_not_use_the_bank_before_it_is_full(main_on_target):  # P10
@@ -1279,31 +1022,38 @@ def test_main_steps_down_the_gradient_of_the_total_with_the_rates_of_the_schedul
     assert checks == 4 * (len(learning) + 1)
 
 
-@pytest.mark.parametrize("copied, original", [("teacher", "model"), ("teacher_head", "head")])
+@pytest.mark.parametrize("copied, original", [("momentum", "model"), ("momentum_head", "head")])
 def test_main_lets_both_momentum_copies_follow_in_every_step(main_on_target, copied, original):  # P11
     folder, events = main_on_target
     states = [step["before"] for step in only(events, "step")] + [load(folder / "stage1.pt")]
-    assert not torch.equal(states[0][original]["prototypes" if original == "head" else "classifier.0.weight"],
-                           states[1][original]["prototypes" if original == "head" else "classifier.0.weight"])
     for before, after in zip(states, states[1:]):
         for name in before[copied]:
             if statistic(name) or name in ("start", "marginal"):
                 assert torch.equal(after[copied][name], after[original][name])
             else:
+                assert not torch.equal(before[original][name], after[original][name]) or "bias" in name or \
+                    before[copied][name].ndim == 1
                 expected = 0.8 * before[copied][name] + 0.2 * after[original][name]
                 torch.testing.assert_close(after[copied][name], expected, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_main_measures_and_compares_what_it_trained(main_on_target, start):
     folder, events = main_on_target
-    saved, (measured,), (compared,) = load(folder / "stage1.pt"), only(events, "measure"), only(events, "compare")
-    warm, teacher, teacher_head = measured["frozen"]
-    assert same(dict(warm), dict(load(folder / "warmup.pt")["model"])) and same(dict(teacher), dict(saved["teacher"]))
-    assert same(dict(teacher_head), dict(saved["teacher_head"])) and same(dict(measured["head"]), dict(saved["head"]))
+    saved, measured, (compared,) = load(folder / "stage1.pt"), only(events, "measure"), only(events, "compare")
+    assert [m["number"] for m in measured] == [(100,)] * 5 + [()]  # at the start, after each quarter, in the end all
+    states = [step["before"] for step in only(events, "step")]
+    for m, state in zip(measured, [*states, saved, saved]):
+        for given, name in zip(m["given"], ("warm_up", "momentum", "momentum_head")):
+            assert same(given, dict(state[name] if name in state else load(folder / "warmup.pt")["model"])), name
+    logged_labels = lines_of(folder, "labels")
+    assert [line["step"] for line in logged_labels] == [f"{k}/4" for k in range(5)]
+    assert all(LABELS <= set(line) for line in logged_labels)
     assert list(compared["models"]) == ["CPSL"]
-    assert same(dict(compared["models"]["CPSL"]), dict(load(folder / "last.pt")["model"]))
-    assert same(dict(compared["source"]), dict(load(start)["model"]))
-    assert METERS <= set(compared["meters"]) and compared["meters"]["prototype_cosine"] < 1
+    assert same(compared["models"]["CPSL"], dict(load(folder / "last.pt")["model"]))
+    assert same(compared["source"], dict(load(start)["model"]))
+    assert {*LABELS, "prototype_cosine"} <= set(compared["meters"])
+    cosine = torch.cosine_similarity(saved["head"]["prototypes"], saved["head"]["start"]).mean().item()
+    assert compared["meters"]["prototype_cosine"] == pytest.approx(cosine, abs=1e-6) and cosine < 0.999
 
 
 def test_main_distils_twice_each_time_into_a_fresh_student(main_on_target):
@@ -1315,19 +1065,19 @@ def test_main_distils_twice_each_time_into_a_fresh_student(main_on_target):
     rates = [0.004 * min(1, k / 2) * (1 - (k - 1) / 2)**0.9 for k in (1, 2)]
     for stage, (begun, label, student) in enumerate(zip(states, labelled, states[1:]), 2):
         mine = steps[2 * stage - 4:2 * stage - 2]
-        assert same(dict(label["start"]), dict(begun))  # the previous model labels, ...
-        assert all(same(dict(step["teacher"]), dict(begun)) and not step["mode"] for step in mine)  # ... and teaches
+        assert same(label["start"], dict(begun))  # the previous model labels, ...
+        assert all(same(step["teacher"], dict(begun)) and not step["mode"] for step in mine)  # ... and teaches
         assert label["folder"] == folder / f"pseudo_labels/stage{stage}" and len(list(label["folder"].iterdir())) == 12
         torch.manual_seed(common.mix_seed(0, 9, stage))
         fresh = common.DeepLabV2(16, "resnet14").state_dict()
-        assert same(dict(mine[0]["before"]), dict(fresh)) and all(step["training"] for step in mine)
+        assert same(mine[0]["before"], dict(fresh)) and all(step["training"] for step in mine)
         target = common.target_dataset(args, "train", common.training_augment(args), label_dir=label["folder"])
-        batches = [list(common.training_batches(dataset, args, common.mix_seed(0, purpose, stage), 0, 2))
-                   for dataset, purpose in ((source, 10), (target, 11))]
-        for number, (step, (x_s, y_s), (x_t, y_t)) in enumerate(zip(mine, *batches), 1):
+        batches = [list(common.training_batches(dataset, args, common.mix_seed(0, purpose, stage), 0, 2, jitter))
+                   for dataset, purpose, jitter in ((source, 10, 0.3), (target, 11, None))]
+        for number, (step, (x_s, y_s), (images, y_t)) in enumerate(zip(mine, *batches), 1):
             assert torch.equal(step["source"][0], x_s) and torch.equal(step["source"][1], y_s)
-            assert torch.equal(step["target"][0], cpsl.strong_view(x_t, 0, 12, stage, number))
-            assert torch.equal(step["target"][1], y_t)
+            strong = common.normalise(cpsl.strong_view(images, 0, 12, stage, number))
+            assert torch.equal(step["target"][0], strong) and torch.equal(step["target"][1], y_t)
         followed = follow([step["before"] for step in mine] + [student], rates, lambda name: None if statistic(name)
                           else 2 if name.startswith("classifier") else 1)
         for name, expected, actual in followed:
@@ -1335,24 +1085,26 @@ def test_main_distils_twice_each_time_into_a_fresh_student(main_on_target):
         assert student["backbone.1.num_batches_tracked"] == 6  # settled: an average over 12 images
 
 
-def test_main_with_live_batch_norm(tmp_path, start):
+def test_main_with_live_batch_norm_and_held_prototypes(tmp_path, start):
     """The warm-up model keeps the target's statistics; the network's move, and its momentum copy takes them over."""
-    events = watched(tmp_path / "run", start, "--batch-norm", "live", "--iterations", 2, "--marginal", "uniform", *SGD)
-    assert order(events) == ["settle", "prepare", "optimizer", "step", "step", "settle", "settle", "measure", "compare"]
-    measured = only(events, "measure")[0]["frozen"][1]
-    assert measured["backbone.1.num_batches_tracked"] == 6  # of the momentum network's own weights
-    prepare, (one, two) = only(events, "prepare")[0], only(events, "step")
+    events = watched(tmp_path / "run", start, "--batch-norm", "live", "--iterations", 2, "--marginal", "uniform",
+                     "--hold-prototypes", *SGD)
+    prepare, (one, two), saved = only(events, "prepare")[0], only(events, "step"), load(tmp_path / "run/last.pt")
     mean = "backbone.1.running_mean"
     assert not torch.equal(prepare["start"][mean], load(start)["model"][mean])
     assert prepare["live"] > 0 and one["live"] > 0 and two["live"] > 0  # the momentum network sees the batch's own
     assert not torch.equal(one["before"]["model"][mean], two["before"]["model"][mean])
     for name in two["before"]["model"]:
         if statistic(name):
-            assert torch.equal(two["before"]["model"][name], two["before"]["teacher"][name]), name
-            assert torch.equal(two["before"]["warm"][name], prepare["start"][name])
+            assert torch.equal(two["before"]["model"][name], two["before"]["momentum"][name]), name
+            assert torch.equal(two["before"]["warm_up"][name], prepare["start"][name])
     assert all(torch.equal(a["marginal"], torch.full((16,), 1 / 16)) for a in only(events, "assign"))
-    compared, saved = only(events, "compare")[0]["models"]["CPSL"], load(tmp_path / "run/last.pt")
-    assert same(dict(compared), dict(saved["model"])) and saved["model"]["backbone.1.num_batches_tracked"] == 6
+    compared = only(events, "compare")[0]["models"]["CPSL"]
+    assert same(compared, dict(saved["model"])) and saved["model"]["backbone.1.num_batches_tracked"] == 6
+    for name in ("head", "momentum_head"):
+        torch.testing.assert_close(saved[name]["prototypes"], saved[name]["start"], atol=1e-6, rtol=0)
+    assert "sl" in two["terms"]  # still told
+    assert [line["step"] for line in lines_of(tmp_path / "run", "labels")] == ["0/2", "1/2", "2/2"]
 
 
 def test_main_without_rectification_trains_on_the_fixed_labels(tmp_path, start):
@@ -1368,40 +1120,23 @@ def test_main_without_rectification_trains_on_the_fixed_labels(tmp_path, start):
     assert not torch.equal(saved["model"]["backbone.0.weight"], begun["backbone.0.weight"])
 
 
-def test_main_warms_up_where_no_model_is_given(tmp_path):
-    events = watched(tmp_path / "run", None, "--warmup-lr", 0.003, "--warmup-iterations", 1, "--iterations", 1,
-                     "--toy-images", 6)
+def test_main_warms_up_where_no_model_is_given_and_keeps_the_authors_head(tmp_path):
+    events = watched(tmp_path / "run", None, "--head", "proda", "--distill", 1, "--warmup-lr", 0.003, "--iterations", 1,
+                     "--warmup-iterations", 1, "--distill-iterations", 1, "--no-consistency", "--toy-images", 4,
+                     unit=False)
     warm_up, = only(events, "warm-up")
     assert (warm_up["file"], warm_up["steps"], warm_up["lr"]) == ("source_only.pt", 1, 0.003)
     assert warm_up["dataset"].domain == "source" and warm_up["dataset"].augment is not None
     begun, prepared = load(tmp_path / "run/source_only.pt")["model"], only(events, "prepare")[0]["start"]
     assert all(torch.equal(begun[key], prepared[key]) for key in begun if not statistic(key))
-
-
-def test_self_labelling_moves_the_prototypes_and_not_the_network(tmp_path, start):  # P6
-    few = ["--iterations", 1, "--optimizer", "sgd", "--lr", 1, "--ramp", 1, "--no-consistency", "--toy-images", 6]
-    for weight in (0, 1):
-        watched(tmp_path / f"sl{weight}", start, *few, "--lambda-sl", weight, unit=False)
-    assert same_weights(tmp_path / "sl0/last.pt", tmp_path / "sl1/last.pt")
-    first = load(tmp_path / "sl0/warmup.pt")["head"]["prototypes"]
-    torch.testing.assert_close(load(tmp_path / "sl0/last.pt")["head"]["prototypes"], first, atol=1e-7, rtol=0)
-    assert (load(tmp_path / "sl1/last.pt")["head"]["prototypes"] - first).abs().max() > 1e-3
-
-
-def test_the_authors_head_from_start_to_end(tmp_path):
-    watched(tmp_path / "run", None, "--head", "proda", "--distill", 1, "--iterations", 1, "--distill-iterations", 1,
-            "--warmup-iterations", 1, "--no-consistency", "--toy-images", 4, unit=False)
-    assert load(tmp_path / "run/warmup.pt")["head"]["prototypes"].shape == (16, 256)
-    with pytest.raises(common.InputError, match="last.pt.*--head proda"):
-        common.load_model(tmp_path / "run/last.pt", toy_args())
+    assert only(events, "step")[0]["terms"] == {"loss", "ce_s", "sce_t", "sl", "changed"}
+    saved = load(tmp_path / "run/last.pt")
+    assert saved["network"] == "ProDANetwork"
+    model = common.unpack_model(saved, "last.pt", network=cpsl.ProDANetwork)
+    assert torch.equal(model.classifier["classify"].weight, saved["model"]["classifier.classify.weight"])
 
 
 # ---------------------------------------------------- the script ----------------------------------------------------
-
-
-def lines_of(folder, stage):
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == stage]
-
 
 DISTILLED = [*FEW, "--distill", 1, "--distill-iterations", 3, "--confidence", 0.1]
 
@@ -1420,7 +1155,7 @@ def test_one_command_runs_all_stages(whole, start):
             "result.json"} <= {p.name for p in folder.iterdir()}
     scores = result(folder)
     assert list(scores["columns"]) == ["source only", "+ BN target", "CPSL"] and "motorcycle" in out
-    assert METERS <= set(scores["meters"])
+    assert {*LABELS, "prototype_cosine"} <= set(scores["meters"])
     assert Image.open(folder / "panel.png").width > 4 * 300  # image | truth | source only | CPSL
     for line in lines_of(folder, "adapt"):
         parts = [line["ce_s"], line["sce_t"], 0.1 * line["sl"], 5 * line["cons"]]
@@ -1433,37 +1168,18 @@ def test_one_command_runs_all_stages(whole, start):
     warm_up, = lines_of(folder, "warm-up")
     r = load(folder / "warmup.pt")["head"]["marginal"]
     assert warm_up["classes"] == (r > 0).sum().item() and warm_up["rarest"] == pytest.approx(r[r > 0].min().item())
-
-
-def test_state_after_self_training(whole):  # P10, P11
-    _, folder = whole
-    saved, begun = load(folder / "stage1.pt"), load(folder / "warmup.pt")
-    memory = saved["bank"]["memory"]
-    assert memory.shape == (64, 256)
-    torch.testing.assert_close(memory.norm(dim=1), torch.ones(64))
-    head, average, first = (state["prototypes"] for state in (saved["head"], saved["teacher_head"], begun["head"]))
-    assert 0 < (average - first).norm() < 0.1 * (head - first).norm()  # four steps at 0.99
-    torch.testing.assert_close(begun["head"]["start"].norm(dim=1), torch.ones(16))
-    assert torch.equal(saved["head"]["start"], first)
+    if common.torch.device(json.loads((folder / "args.json").read_text())["device"]).type == "cpu":
+        assert same_weights(start, folder / "source_only.pt")  # --init is the same as training the model here
 
 
 @exact
-def test_init_is_the_same_as_training_the_source_model_here(whole, start):
-    assert same_weights(start, whole[1] / "source_only.pt")
-
-
-@exact
-def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, whole):
-    """Killed in self-training and in distillation, before that by Ctrl-C; every checkpoint equals in all it holds."""
+def test_killed_in_two_stages_and_resumed_the_run_ends_the_same(tmp_path, whole):
+    """Every checkpoint equals in all it holds."""
     arguments = ["cpsl.py", *DISTILLED, "--save-every", 1, "--out", "cut"]
     # The second stage logs its labels first; after its step 2 the checkpoint of step 1 is there.
-    for stage, lines in (("source", 1), ("adapt", 3), ("stage 2", 3)):
-        how = signal.SIGINT if stage == "source" else signal.SIGKILL
-        resume = [] if stage == "source" else ["--resume"]
-        code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume,
-                                 with_signal=how)
-        assert code == (-signal.SIGKILL if how == signal.SIGKILL else 1) and "Traceback" not in errors
-        assert how == signal.SIGKILL or "--resume" in errors
+    for stage, lines, resume in (("adapt", 3, []), ("stage 2", 3, ["--resume"])):
+        code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume)
+        assert code == -signal.SIGKILL and "Traceback" not in errors
     run(tmp_path, *arguments, "--resume")
     for name in ("source_only.pt", "warmup.pt", "stage1.pt", "last.pt"):
         assert same(load(tmp_path / "cut" / name), load(whole[1] / name)), name
@@ -1471,23 +1187,19 @@ def test_killed_at_every_stage_and_resumed_the_run_ends_the_same(tmp_path, whole
         assert result(tmp_path / "cut")[key] == result(whole[1])[key]
 
 
-def test_real_formats_from_start_to_end(tmp_path):
+def test_a_real_format_from_start_to_end(tmp_path):
     write_synthia(tmp_path)
-    write_gta5(tmp_path)
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    for source, classes, flags in (("synthia", 16, ["--distill", 1, "--iterations", 2, "--workers", 1]),
-                                   ("gta5", 19, ["--sampling", "uniform", "--iterations", 1, "--workers", 0])):
-        run(tmp_path, "cpsl.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet14",
-            "--backbone-weights", "none", *FEW, "--warmup-iterations", 1, "--distill-iterations", 1, *flags)
-        folder = tmp_path / f"runs/cpsl-{source}-s0"
-        scores = result(folder)
-        assert len(scores["iou"]) == classes and set(scores["meters"]) == {"prototype_cosine"}
-        assert ("miou13" in scores) == (source == "synthia")
-        if source == "synthia":
-            assert len(list((folder / "pseudo_labels/stage2").iterdir())) == 6
-            assert "accuracy" not in lines_of(folder, "stage 2")[0]
+    run(tmp_path, "cpsl.py", "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet14",
+        "--backbone-weights", "none", *FEW, "--warmup-iterations", 1, "--distill", 1, "--distill-iterations", 1,
+        "--iterations", 2, "--workers", 1)
+    folder = tmp_path / "runs/cpsl-synthia-s0"
+    scores = result(folder)
+    assert len(scores["iou"]) == 16 and set(scores["meters"]) == {"prototype_cosine"} and "miou13" in scores
+    assert len(list((folder / "pseudo_labels/stage2").iterdir())) == 6 and not lines_of(folder, "labels")
+    assert "accuracy" not in lines_of(folder, "stage 2")[0]
 
 
 def test_two_processes_share_one_run(tmp_path, start):
@@ -1503,7 +1215,7 @@ def test_two_processes_share_one_run(tmp_path, start):
     torch.testing.assert_close(a["head"], b["head"], atol=1e-4, rtol=0)
     a, b = load(one / "stage1.pt"), load(two / "stage1.pt")
     assert b["bank"]["memory"].shape == (64, 256)  # 4 steps of 1 image of 16 pixels
-    torch.testing.assert_close(a["teacher_head"], b["teacher_head"], atol=2e-2, rtol=0)
+    torch.testing.assert_close(a["momentum_head"], b["momentum_head"], atol=2e-2, rtol=0)
     moved = [(saved["head"]["prototypes"] - saved["head"]["start"]).norm() for saved in (a, b)]
     assert moved[0] > 0 and moved[1] == pytest.approx(moved[0], rel=0.5)
     kept = [lines_of(folder, "stage 2")[0] for folder in (one, two)]
