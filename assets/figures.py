@@ -146,14 +146,19 @@ def predict(model, images, task):
 def logged_curves(lines):
     """What log.jsonl's dicts `lines` hold to draw: ({stage: step at which it starts}, {name: [(step, value), ...]}).
 
-    Steps are counted through all stages; what is logged between two steps stands at the one before. After a resume the
-    later value of a step counts. What is not a finite number is left out, and so is a name with a single value.
+    Steps are counted through all stages; a stage that goes on where the one before stands ("joint 60/240", then "adapt
+    80/240") shares its count. What is logged between two steps stands at the one before. After a resume the later value
+    of a step counts. What is not a finite number is left out, and so is a name with a single value.
     """
-    starts, curves, now = {}, {}, 0
+    starts, origins, curves, now, before = {}, {}, {}, 0, (0, "")  # origins: where a stage's step 0 is
     for line in lines:
-        step = str(line.get("step")).split("/")[0]
+        step, _, total = str(line.get("step")).partition("/")
         if step.isdecimal():
-            now = starts.setdefault(str(line.get("stage")).removesuffix(" oracle"), now) + int(step)
+            stage = str(line.get("stage")).removesuffix(" oracle")
+            goes_on = total == before[1] and int(step) >= before[0]
+            starts.setdefault(stage, now)
+            now = origins.setdefault(stage, now - before[0] * goes_on) + int(step)
+            before = int(step), total
         for name, value in line.items():
             if name not in ("step", "seconds") and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, {})[now] = value
