@@ -162,6 +162,7 @@ def test_pictures_of_ones_own(inside):
     turned[0x0112] = 6  # the camera was held on its side
     Image.fromarray(pixels).save("album/deep/turned.JPEG", exif=turned)
     Path("album/notes.txt").write_text("no picture")
+    Path("album/._street.png").write_bytes(b"what macOS leaves beside a file")
     evaluate.main(["a.pt", "--images", "holiday.JPG", "album", "album/street.PNG", "--panel", "panel.png"])
     sizes = {"holiday": (133, 99), "album-street.PNG": (140, 100), "album-deep-street.png": (140, 80),
              "turned": (100, 140)}
