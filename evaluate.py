@@ -42,7 +42,6 @@ from PIL import Image, ImageOps
 import common
 
 METHODS = ("scale_invariant", "cpsl", "sdca", "drsl")
-PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def load_checkpoint(path, device):
@@ -96,9 +95,11 @@ def find_pictures(paths):
     for path in paths:
         if not path.exists():
             raise common.InputError(f"{path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():  # files whose name begins with a dot are not the user's
+            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in common.PICTURES)
         if not inside:
-            raise common.InputError(f"{path}: no picture found; expected files that end in {', '.join(PICTURES)}")
+            raise common.InputError(f"{path}: no picture found; expected files in {', '.join(common.PICTURES)}")
         found += inside
     found = list(dict.fromkeys(found))
     stems = [path.stem for path in found]

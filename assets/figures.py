@@ -146,14 +146,19 @@ def predict(model, images, task):
 def logged_curves(lines):
     """What log.jsonl's dicts `lines` hold to draw: ({stage: step at which it starts}, {name: [(step, value), ...]}).
 
-    Steps are counted through all stages; what is logged between two steps stands at the one before. After a resume the
-    later value of a step counts. What is not a finite number is left out, and so is a name with a single value.
+    Steps are counted through all stages; a stage that goes on where the one before stands ("joint 60/240", then "adapt
+    80/240") shares its count. What is logged between two steps stands at the one before. After a resume the later value
+    of a step counts. What is not a finite number is left out, and so is a name with a single value.
     """
-    starts, curves, now = {}, {}, 0
+    starts, origins, curves, now, before = {}, {}, {}, 0, (0, "")  # origins: where a stage's step 0 is
     for line in lines:
-        step = str(line.get("step")).split("/")[0]
+        step, _, total = str(line.get("step")).partition("/")
         if step.isdecimal():
-            now = starts.setdefault(str(line.get("stage")).removesuffix(" oracle"), now) + int(step)
+            stage = str(line.get("stage")).removesuffix(" oracle")
+            goes_on = total == before[1] and int(step) >= before[0]
+            starts.setdefault(stage, now)
+            now = origins.setdefault(stage, now - before[0] * goes_on) + int(step)
+            before = int(step), total
         for name, value in line.items():
             if name not in ("step", "seconds") and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, {})[now] = value
@@ -308,7 +313,8 @@ def draw_panel(folders, args, scenes=4):
             label = predict(model, item["image"][None], task).argmax(1)[0]
             labels.append(torch.where(item["label"] == common.IGNORE, common.IGNORE, label))
         rows.append([common.to_picture(item["image"]), *(common.colour_label(label, classes) for label in labels)])
-    titles = ["image", "truth", *(f"{result['own']}\nmIoU {result['miou']:.1f}" for _, result in runs)]
+    told = [f"mIoU {result['miou']:.1f}" if result.get("miou") is not None else "" for _, result in runs]
+    titles = ["image", "truth", *(f"{result['own']}\n{miou}".strip() for (_, result), miou in zip(runs, told))]
     return stack(grid(titles, rows, 2 * WIDTH, 28), legend(classes, 2 * WIDTH, 28))  # twice the size: for a closer look
 
 
@@ -598,7 +604,7 @@ def draw_idea(folders, args):
 # flows back along the arrows that end in a loss or lead from one learning part to another: kind "learns".
 
 KINDS = {"picture": ("pictures", (214, 232, 248)), "learns": ("learns", (255, 212, 140)),
-         "fixed": ("network that stands still", (222, 222, 222)), "label": ("labels, statistics", (214, 238, 196)),
+         "fixed": ("network without gradient", (222, 222, 222)), "label": ("labels, statistics", (214, 238, 196)),
          "loss": ("loss", (250, 208, 204))}
 ORANGE = (225, 105, 10)
 
@@ -645,7 +651,7 @@ FLOW = {
         ce_t=("loss", 4, 4, 4, "cross-entropy of the network with them")),
         "source net, net ce, target net, net bound, net statistics, net sure, statistics bound, sure bound, "
         "image still, still labels, labels ce_t"),
-    "DRSL: modes inside each class, aligned between the domains": (boxes(
+    "DRSL: modes inside each class, aligned between the domains (without the mode head: plain self-training)": (boxes(
         3,
         target=("picture", 0, 1, 3, "target image"),
         head=("learns", 2, 1, 2, "mode head: some modes for each class"),

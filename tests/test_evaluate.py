@@ -151,7 +151,7 @@ def test_several_checkpoints_and_equal_file_names_never_overwrite_each_other(ins
 
 def test_pictures_of_ones_own(inside):
     """No labels, no data root, any size and either format: three PNGs at the picture's own size."""
-    checkpoint("a.pt", "toy")
+    model = checkpoint("a.pt", "toy")
     rng = np.random.default_rng(0)
     (inside / "album/deep").mkdir(parents=True)
     pixels = np.kron(rng.integers(0, 255, (5, 7, 3)), np.ones((20, 20, 1))).astype(np.uint8)
@@ -162,6 +162,7 @@ def test_pictures_of_ones_own(inside):
     turned[0x0112] = 6  # the camera was held on its side
     Image.fromarray(pixels).save("album/deep/turned.JPEG", exif=turned)
     Path("album/notes.txt").write_text("no picture")
+    Path("album/._street.png").write_bytes(b"what macOS leaves beside a file")
     evaluate.main(["a.pt", "--images", "holiday.JPG", "album", "album/street.PNG", "--panel", "panel.png"])
     sizes = {"holiday": (133, 99), "album-street.PNG": (140, 100), "album-deep-street.png": (140, 80),
              "turned": (100, 140)}
@@ -184,6 +185,12 @@ def test_pictures_of_ones_own(inside):
     one, mean, large, scored = (picture(f"{path}_pred_labelIds.png") for path in (
         "one/labelIds/scene", "mean/labelIds/scene", "large/labelIds/scene", "all/labelIds/toy_target_val_0002"))
     assert (one == scored).mean() > 0.999 > max((one == mean).mean(), (one == large).mean())
+    Image.open("scene.png").crop((0, 0, 32, 32)).save("square.png")  # goes into the network as a square
+    evaluate.main(["a.pt", "--images", "square.png", "--export", "one"])
+    image = torch.from_numpy(picture("square.png")).permute(2, 0, 1)[None]
+    task = evaluate.argparse.Namespace(device="cpu", precision="fp32")
+    label = common.predict(model, common.normalise(image), (32, 32), task)[0].argmax(0)
+    assert (picture("one/color/square_pred_color.png") == common.palette(common.SYNTHIA_16)[label]).all(2).mean() > 0.99
     Path("empty").mkdir()
     for wrong, word in (("nowhere", "nowhere"), ("album/notes.txt", "notes.txt"), ("empty", "no picture found")):
         assert word in refusal("a.pt", "--images", wrong)

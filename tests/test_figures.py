@@ -113,6 +113,13 @@ def test_logged_curves_count_steps_through_the_stages():
     assert starts == {"source": 0, "adapt": 4}
     assert curves == {"loss": [(2, 4.0), (4, 3.0), (6, 2.0)], "kept": [(4, 0.5), (8, 0.7)],
                       "val": [(6, 30.0), (8, 31.0)]}
+    starts, curves = figures.logged_curves([
+        step("modes", "60/60", loss=5.0), step("joint", "20/240", loss=4.0), step("joint", "60/240", loss=3.0),
+        step("adapt oracle", "60/240", val=30.0), step("adapt", "80/240", loss=2.0), step("labels", "80/240", val=31.0),
+        step("adapt", "100/240", loss=1.0), step("adapt", "80/240", loss=2.5)])
+    assert starts == {"modes": 0, "joint": 60, "adapt": 120, "labels": 140}
+    assert curves == {"loss": [(60, 5.0), (80, 4.0), (120, 3.0), (140, 2.5), (160, 1.0)],
+                      "val": [(120, 30.0), (140, 31.0)]}
 
 
 def test_figure_of_curves(tmp_path):
