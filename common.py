@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -125,8 +125,8 @@ def open_image(path, what="image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-        raise InputError(f"{path}: cannot read this {what} ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow has its own mind
+        raise InputError(f"{path}: cannot read this {what} ({one_line(error)})") from error
 
 
 def read_image(path):
@@ -156,8 +156,8 @@ def read_synthia_label(path):
         codec, box, offset, _ = image.tile[0]
         image.tile = [(codec, box, offset, "RGB;16L")]
         return np.array(image)[:, :, 0]  # (H, W, 3) -> (H, W)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot read this label ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot read this label ({one_line(error)})") from error
 
 
 def find_folder(root, relative):
@@ -433,9 +433,15 @@ def load(dataset, args, share=1, **options):
                       generator=torch.Generator(), **options)
 
 
+@functools.cache
+def channel_statistics(device):
+    """MEAN and STD (3, 1, 1) on that device. Kept, because a GPU would be waited for in every copy."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+
+
 def normalise(images):
     """uint8 (N, 3, H, W) -> what networks read: float32, ImageNet's mean and deviation taken out."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = channel_statistics(images.device)
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -643,9 +649,9 @@ def estimate_batch_norm(model, views, args, images=400):
     """
     if not (norms := live_batch_norms(model)):
         return  # update_bn would reset frozen ones too
-    steps = math.ceil(min(images, len(views)) / args.batch_size)
+    steps, jitter = math.ceil(min(images, len(views)) / args.batch_size), 0.3 if getattr(args, "augment", True) else 0
     with autocast(args):
-        update_bn((image for image, _ in training_batches(views, args, 0, 0, steps)), model)
+        update_bn((image for image, _ in training_batches(views, args, 0, 0, steps, jitter)), model)
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(all_sum(statistic.clone()) / world_size())
@@ -887,13 +893,14 @@ def to_picture(image):
 def draw_panel(path, titles, rows, width=320):
     """Writes a grid of pictures: one row per scene, one titled column per entry of `titles`, each `width` wide."""
     height = round(width * rows[0][0].height / rows[0][0].width)
-    sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, 16 + len(rows) * (height + 4) - 4), "white")
+    head = 22  # of the titles
+    sheet = Image.new("RGB", (len(titles) * (width + 4) - 4, head + len(rows) * (height + 4) - 4), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        pen.text((column * (width + 4) + 4, 2), title, fill="black")
+        pen.text((column * (width + 4) + 4, 2), title, fill="black", font=ImageFont.load_default(14))
         for line, row in enumerate(rows):
             picture = row[column].resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * (width + 4), 16 + line * (height + 4)))
+            sheet.paste(picture, (column * (width + 4), head + line * (height + 4)))
     with writing(path) as temporary:
         sheet.save(temporary)
 
@@ -1107,7 +1114,7 @@ class Run:
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
         self.seconds_before, self.started = 0.0, time.time()
         self.stage, self.stage_step, self.stage_started = None, 0, 0.0  # the first step of the stage in this session
-        self.line_at, self.waited = time.time(), 0.0  # when the last line was logged; common.waited at that time
+        self.line_at, self.waited = time.time(), waited  # when the last line was logged, and `waited` then
         start_processes(args)
         self.scorable = check_data(args)
         torch.manual_seed(args.seed)
@@ -1202,9 +1209,9 @@ class Run:
                 lines.append(json.loads(text))
                 lines[-1]["seconds"]
             except (ValueError, TypeError, KeyError) as error:
-                if number == len(texts):
-                    return lines[:number - 1]
-                raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
+                if number < len(texts):
+                    raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
+                return lines[:number - 1]
         return lines
 
     def validate(self, stage, step, steps, model, views):
@@ -1278,14 +1285,20 @@ class Run:
 
 
 def check_data(args):
-    """Opens the folders of source and target, so that what is missing is said before any training; `scorable`."""
-    source_dataset(args)
-    target_dataset(args, "train")
-    if scorable(args):
-        target_dataset(args, "val")
-    elif getattr(args, "val_every", 0):
+    """Opens source and target and reads a few files of each, so that what is wrong is said before any training.
+
+    Returns `scorable`.
+    """
+    source, labelled = source_dataset(args), scorable(args)
+    if getattr(args, "val_every", 0) and not labelled:
         raise InputError("--val-every: the target has no validation labels (cityscapes/gtFine/val)")
-    return scorable(args)
+    if args.source != "toy":
+        if all((item["label"] == IGNORE).all() for item in some(source, 8)):
+            raise InputError(f"{source.labels[0]}: neither here nor in seven others does a pixel belong to a class; "
+                             f"look at the ids with python common.py --source {args.source} --data-root DIR")
+        for split in ("train", "val")[:1 + labelled]:
+            target_dataset(args, split)[0]
+    return labelled
 
 
 def peak_memory():
@@ -1353,8 +1366,10 @@ def unpack_model(checkpoint, path, model=None, network=DeepLabV2):
         raise InputError(f"{path}: holds the network {checkpoint['network']} of {checkpoint['method']}.py, "
                          f"expected {network.__name__}")
     try:
+        if checkpoint["source"] not in ("toy", "gta5", "synthia"):
+            raise ValueError(f"unknown source {checkpoint['source']}")
         if checkpoint["classes"] != list(task_classes(checkpoint["source"])):
-            raise ValueError("other classes than this source's")
+            raise ValueError(f"other classes than those of {checkpoint['source']}")
         model = model or network(len(checkpoint["classes"]), checkpoint["backbone"])
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint of this project ({one_line(error)})") from error
@@ -1444,24 +1459,6 @@ def remedy_for(error):
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({one_line(error)[:100]}); it needs a C compiler; go on with --no-compile"
     return None
-
-
-def run(main):
-    """Calls a script's main(); an InputError, Ctrl-C or a file that cannot be used ends it with one line."""
-    try:
-        main()
-    except InputError as error:
-        # An error raised in a loader process arrives with that process's traceback in front of it.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("common.InputError: "))
-    except KeyboardInterrupt:
-        sys.exit("stopped at once; a training run goes on from its last checkpoint with --resume")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # ================================================= several processes =================================================
@@ -1580,13 +1577,14 @@ def suspicions(dataset, chosen):
     found = ", ".join(f"{i} ({100 * lost[i] / ids.sum():.1f} %)" for i in np.argsort(-lost)[:5] if lost[i])
     if found:
         lines.append(f"ids that are no class, the most frequent first: {found}")
+    expected = "SYNTHIA ids in the first of three 16-bit channels (road is 3, car is 8)"
+    if not isinstance(dataset, Synthia):
+        expected = "Cityscapes labelIds (road is 7, car is 26)"
+        if ids[:len(CLASSES)].any() and not ids[len(CLASSES):IGNORE].any():
+            lines.append(f"no id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[chosen[0]]}; "
+                         f"expected {expected}")
     if 2 * lost.sum() > ids.sum():
-        lines.append(f"most pixels have such an id, as in {dataset.labels[chosen[0]]}; expected "
-                     + ("SYNTHIA ids in the first of three 16-bit channels (road is 3, car is 8)"
-                        if isinstance(dataset, Synthia) else "Cityscapes labelIds (road is 7, car is 26)"))
-    elif not ids[len(CLASSES):IGNORE].any() and not isinstance(dataset, Synthia):
-        lines.append(f"no id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[chosen[0]]}; "
-                     "expected Cityscapes labelIds (road is 7, car is 26)")
+        lines.append(f"most pixels have such an id, as in {dataset.labels[chosen[0]]}; expected {expected}")
     return lines
 
 

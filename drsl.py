@@ -9,7 +9,7 @@ were available. Labels such as DRSL-6 are this project's own, the paper's equati
 the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [F] field convention (CRST, AdaptSegNet, DeepLab)        [I] inferred for this reconstruction
+    [F] field convention (AdaptSegNet, DeepLab, CRST: below) [I] inferred for this reconstruction
     [U] unknown: a choice of ours
 
 The idea in five sentences [P]
@@ -23,19 +23,32 @@ The idea in five sentences [P]
 4. The metric loss flows back into the shared network and regularizes it.
 5. Stochastic mode alignment pulls target pixels and source pixels that map to the same mode towards each other.
 
+Plain self-training (--plain), from which all four papers of this project start
+-------------------------------------------------------------------------------
+The network labels the target's images itself, trains on the labels of which it is sure as if they were true, and labels
+again. Each class keeps the same share of the pixels predicted as it, lest the easy classes give all the labels. This is
+class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16 without modes. Below, "CRST" is the
+code of its successor, confidence regularized self-training (arXiv 1908.09822).
+
+Its weakness: a confident label can be wrong. Training on it makes the network surer of it, and the next round keeps it
+again. LSE picks out trustworthy images and labels enlarged views of them. CPSL corrects the labels by optimal
+transport, which gives every class its share. SDCA pulls features to the distribution of their class. DRSL models the
+variation inside a class.
+
 Notation
 --------
     N images   C classes (index c)   K modes per class (index k)   E embedding size   n pixels   h x w feature grid
-    e_i    embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
-    d2_ck  squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
-    y_i    ground truth (source) or pseudo-label (target), 255 = ignore    m_i    mode of pixel i inside its class
-    P      softmax of the segmentation head    tau_c  class threshold    V  pixels with y_i != 255    M  pairs per mode
-    p_r    portion kept in round r, from p_0 by delta_p to p_max    n_c  pixels labelled c    [x]_+ = max(x, 0)
-    alpha  margin    epsilon  softness of q    lambda_*, w_own  weights
+    y_i     ground truth (source) or pseudo-label (target) of pixel i, 255 = ignore      V  pixels with y_i != 255
+    P_i(c)  probability of class c at pixel i, by the segmentation head      tau_c  threshold of class c
+    e_i     embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
+    d2_ck   squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
+    m_i     mode of pixel i inside its class        q_ik   share of pixel i that mode k of its class gets
+    epsilon  softness of q    alpha  margin    A  modes with pixels of both domains    M  pairs per mode
+    lambda_*, w_own  weights    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
 
 Equations
 ---------
-    DRSL-1   L_seg^s = -(1/|V_s|) sum_{i in V_s} log P_i(y_i)                                 kind [P], form [F]
+    DRSL-1   L_seg^s = -(1/|V^s|) sum_{i in V^s} log P_i(y_i)                                 kind [P], form [F]
     DRSL-2   L_seg^t = the same on the target with pseudo-labels                              kind [P], form [F]
     DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights         [R]
     DRSL-4   P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'                                                     [R]
@@ -44,78 +57,69 @@ Equations
     DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             A: modes to which source pixels map by m_i and target pixels by DRSL-19; a_j, b_j: random pixels of the
-             mode, with replacement
+             a_j, b_j: random pixels of the mode, with replacement; a source pixel's mode is m_i, a target's DRSL-19
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c = confidence number floor(p_r N_c) of the N_c target pixels predicted c, in descending order;
-             1 if floor(p_r N_c) = 0                                                   CBST, arXiv 1810.07911  [F]
+    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top;
+             1 if that number is 0                                                                     CBST  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
-    DRSL-16  p_{r+1} = min(p_r + delta_p, p_max)                                                             [F]
-    DRSL-17  m_i = argmax_k q_ik, q_ik = exp(-d2_{y_i k}(e_i)/epsilon) u_i v_{y_i k} with u, v such that
-             sum_k q_ik = 1 and, nearly, sum_{i: y_i = c} q_ik = n_c/K, i over both domains: three rounds of
-             Sinkhorn's algorithm at epsilon 0.05, which leave modes far apart as uneven as their pixels     [U]
+    DRSL-16  portion of the next round = min(portion + portion_step, portion_max)                            [F]
+    DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k. Then three times: q_ik is divided by
+             its sum over all pixels of the class y_i, and by its sum over k. m_i = argmax_k q_ik            [U]
     DRSL-18  L_own = -mean_i log [ p_{y_i m_i} / sum_k p_{y_i k} ]                                           [U]
     DRSL-19  the mode to which any target pixel maps: argmin_{c,k} d2_ck                      --align-over all [U]
     DRSL-20  effective modes of class c = exp(-sum_k s_ck log s_ck), s_ck: share of mode k in c's pixels   (a meter)
 
-No gradient flows through m, q and pseudo-labels. Mode losses see the labels that choice 4 leaves.
+The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named above parse_args. No
+gradient flows through m, q and pseudo-labels.
 
 Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
-after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from.
+after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from. DRSL-17 is
+Sinkhorn's algorithm: it gives the modes of a class equal shares of its pixels. Three rounds do so nearly where modes
+lie close together, and leave modes that are far apart as uneven as their pixels.
 
 The algorithm                                                             paper's notion -> function
 -------------                                                             --------------------------
 1. Source-only training [F], or --init.                                   train_source
-2. Mode warm-up on source [I]: the head alone for a while, then           train_modes, kmeans_modes
-   K-means per class on the sphere sets R, then head and network jointly.
-3. Rounds [F]: label the target train images with the present network,    label_target, class_thresholds,
-   class-balanced (DRSL-14, -15, -16);                                    pseudo_labels
-   then train on batches of source and target images with DRSL-10:        step_losses
+2. Mode warm-up on source [I]: for --head-iterations the head learns      train_modes
+   and the network stands still, then K-means per class sets R.           kmeans_modes
+3. --iterations steps of the network, as many as with --plain: first      step_losses
+   --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
+   then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
+   class-balanced (DRSL-14, -15), and trains on both domains (DRSL-10):   pseudo_labels
      segmentation head, DRSL-1, -2                                        segmentation_loss
-     multi-modal head and its distances, DRSL-3                           ModeHead
-     multi-modal distribution learning, DRSL-4 to -7, -18                 mode_loss, mode_cross_entropy, margin_loss
-     mode assignment, DRSL-8, -17, -19                                    balanced_assignment, nearest_modes
+     multi-modal head, its e and d2                                       ModeHead
+     multi-modal distribution learning, DRSL-7:                           mode_loss
+       DRSL-3 to -5, DRSL-6, DRSL-18                                      mode_cross_entropy, margin_loss,
+                                                                          own_mode_cross_entropy
+     mode assignment, DRSL-8, -17, -19                                    assign_modes, balanced_assignment,
+                                                                          nearest_modes
      stochastic mode alignment, DRSL-9A                                   stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-Deviations, and choices where the sources are silent
-----------------------------------------------------
- 1. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
- 2. Weights inside L_mm. RepMet: a mean of cross-entropies, and margins summed over boxes that were mined as hard and
-    divided by 512. Here: three means over the same pixels.
- 3. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
- 4. Class balance of the mode losses. Paper: not known. Here: at most --pixels random pixels per class and image, on the
-    grid of stride 8, each labelled by the pixel at its centre. The alignment's target side takes every pixel
-    (--align-over all), each with its nearest mode, while source pixels keep the balanced ones.
- 5. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
- 6. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all rounds, with a ramp and poly
-    decay (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's do.
- 7. Batch norm. CRST: frozen statistics. Here: what --batch-norm says, from the mode warm-up on. If it is live, each
-    domain's batch is normalised by its own statistics, and those for labelling are estimated on target views.
- 8. Source images in a round. CRST: 3 to 6 % of the source set. Here: a fresh source batch every step.
- 9. Pseudo-labels. CRST: inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th pixel. Here:
-    inputs of --size, mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
-10. Background score. RepMet: one for detection. Here: none, void pixels are ignored.
+What changes the method where the sources are silent or differ (all else stands above parse_args)
+-------------------------------------------------------------------------------------------------
+1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
+2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image.
+3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
+   without a pseudo-label (--align-over all).
+4. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
+5. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
+   the variation inside a class), and the abstract's margins over others, 2.3 and 2.5 mIoU on SYNTHIA, never tried here.
 
-    setting                        RepMet or CRST                       here
-    sigma                          0.5 (0.67 nats left at C=19, K=3)    0.3 (0.0008 nats left)
-    K, E                           5, 256                               3, 256 (toy 64)
-    scale of the training images   0.5 to 1.5                           1 to 1.5, colour jitter (toy: no scaling)
-    lambda_mm, lambda_sma, M       no counterpart                       0.3, 1, 64
-
-Left out, because neither a sentence of the abstract nor a measurement asks for it: RepMet's scaled maximum in place of
-DRSL-4, modes drawn at random in place of the nearest, triplets or centroids in place of pairs ("pixels", says the
-abstract), alignment that moves only one domain, focal loss, SoftTriple, Magnet.
-
-Under torchrun each process balances and aligns the pixels of its own images.
+    setting                        RepMet or CRST      here
+    sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
+    K, E                           5, 256              3, 256 (toy 64)
+    scale of the training images   0.5 to 1.5          1 to 1.5, colour jitter (toy: no scaling)
+    lambda_mm, lambda_sma, M       no counterpart      0.3, 1, 64
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, plain self-training
 36.4, DRSL 36.9 mIoU (--modes 1: 37.0), recall on rare looks 33.4, 34.2, 39.9, 40.8 (40.7) %; 7 minutes on one thread of
-an AVX2 core, 0.9 GB. So aligning pays, and several modes hardly do: on this toy they are mostly parts of things that
-both domains share (evaluate.py --idea shows them), not looks.
+an AVX2 core, 0.9 GB. So several modes gain nothing over one: on this toy they are mostly parts of things that both
+domains share, not looks. In other worlds DRSL's gain over plain self-training is no larger than its error.
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
-    python drsl.py --lambda-mm 0 --lambda-sma 0                   # plain self-training, with as many joint steps
+    python drsl.py --plain                                        # plain self-training, in runs/plain-toy-s0
+    python drsl.py --lambda-mm 0 --lambda-sma 0                   # the idea off, everything else the same
     python drsl.py --modes 1                                      # one mode per class
     python drsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
 """
@@ -241,36 +245,24 @@ def nearest_modes(d2):
     return nearest // d2.shape[2], nearest % d2.shape[2]
 
 
-def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, generator=None, shape=None):
+def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, generator=None, *, shape):
     """DRSL-9A: distance of random source and target pixels of the same (class, mode), mean over the modes both have.
 
-    e (n, E), labels (n,), 255 ignored, modes (n,). Exactly 0 if no mode is shared. shape: (C, K); if it is not given,
-    the largest label and mode are looked up, for which a processor has to wait for its GPU.
+    e (n, E), labels (n,), 255 ignored, modes (n,), shape (C, K). Exactly 0 if no mode is shared. All modes at once;
+    tests/benchmark.py has it as a loop over the shared ones.
     """
     if len(e_s) == 0 or len(e_t) == 0:
         return 0 * (e_s.sum() + e_t.sum())
-    if shape is None:
-        valid = torch.cat([labels_s, labels_t]) != common.IGNORE
-        shape = [1 + torch.where(valid, torch.cat(both), 0).max().item()
-                 for both in ((labels_s, labels_t), (modes_s, modes_t))]
     C, K = shape
-    j = torch.arange(C * K, device=e_s.device)[:, None]  # (J, 1), J = C K: the modes, numbered through
-    S = (labels_s * K + modes_s == j) & (labels_s != common.IGNORE)  # (J, n_s): the source pixels of every mode
-    T = (labels_t * K + modes_t == j) & (labels_t != common.IGNORE)  # (J, n_t)
-    A = S.any(1) & T.any(1)  # (J,)
+    j = torch.arange(C * K, device=e_s.device)[:, None]  # (C K, 1): the modes, numbered through
+    of_s, of_t = labels_s * K + modes_s == j, labels_t * K + modes_t == j  # (C K, n): every mode's pixels, none 255
+    A = of_s.any(1) & of_t.any(1)  # (C K,)
     # A mode outside A draws from all pixels, and what it draws does not count.
-    a = torch.multinomial((S | ~A[:, None]).float(), pairs, replacement=True, generator=generator)  # (J, M)
-    b = torch.multinomial((T | ~A[:, None]).float(), pairs, replacement=True, generator=generator)  # (J, M)
-    distance = (e_s[a] - e_t[b]).square().sum(2).mean(1)  # (J, M, E) -> (J,)
+    a, b = (torch.multinomial((of | ~A[:, None]).float(), pairs, replacement=True, generator=generator)
+            for of in (of_s, of_t))  # (C K, M)
+    distance = (e_s[a] - e_t[b]).square().sum(2).mean(1)  # (C K, M, E) -> (C K,)
     # DRSL-9A
     return torch.where(A, distance, 0).sum() / A.sum().clamp(min=1)
-
-
-def effective_modes(counts):
-    """DRSL-20, from 1 (one mode has all pixels) to K: counts (C, K) of pixels -> (C,), NaN for classes without any."""
-    share = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
-    # DRSL-20
-    return torch.special.entr(share).sum(1).exp()
 
 
 def class_thresholds(confidence, label, num_classes, portion):
@@ -280,11 +272,11 @@ def class_thresholds(confidence, label, num_classes, portion):
     """
     tau = torch.ones(num_classes, dtype=confidence.dtype, device=confidence.device)
     for c in range(num_classes):
-        values = confidence[label == c]
-        keep = int(portion * len(values) + 1e-6)  # floor; 1e-6 so that 0.29 * 100 is 29
-        if keep:
+        falling = confidence[label == c].sort(descending=True).values  # (n_c,)
+        place = int(portion * len(falling) + 1e-6)  # floor; 1e-6 so that 0.29 * 100 is 29
+        if place > 0:
             # DRSL-14
-            tau[c] = values.kthvalue(len(values) - keep + 1).values  # number `keep` from the top
+            tau[c] = falling[place - 1]
     return tau
 
 
@@ -334,6 +326,71 @@ def balanced_labels(label, size, limit, u):
     return torch.where(place < limit, label, common.IGNORE)
 
 
+# ================================================= a training step ==================================================
+
+
+def embed(head, features, label, args, generator):
+    """What the mode head says of features (N, D, h, w), and the labels of the pixels that the mode losses see.
+
+    label (N, H, W). Returns pixels e (n, E), their d2 (n, C, K) and y (n,), 255 where a pixel is not used.
+    """
+    e, d2 = head(features.float(), distances=True)  # (N, E, h, w), (n, C, K)
+    u = torch.rand(e[:, 0].shape, generator=generator, device=e.device)  # (N, h, w)
+    y = balanced_labels(label, e.shape[2:], args.pixels, u).flatten()  # (N, H, W) -> (n,)
+    return common.as_pixels(e), d2, y
+
+
+def own_modes(d2, y, args):
+    """The mode m (n,) of its own class to which a pixel is pulled: by DRSL-17, with --no-balance by DRSL-8."""
+    if not args.balance:
+        return assign_modes(d2, y)
+    return balanced_assignment(own_class(d2, y), y, d2.shape[1], args.epsilon).argmax(1)
+
+
+def mode_loss(d2, y, m, args):
+    """L_mm of one domain's pixels: d2 (n, C, K), labels y (n,), own modes m (n,)."""
+    # DRSL-7
+    return (margin_loss(d2, y, args.alpha, m) + mode_cross_entropy(d2, y, args.sigma)
+            + args.w_own * own_mode_cross_entropy(d2, y, m, args.sigma))
+
+
+def step_losses(network, head, source, target, args, generator):
+    """DRSL-10 and its terms: {"loss", "ce_s", "mm_s", "ce_t", "mm_t", "sma"}.
+
+    source, target: (image, label), the target's being pseudo-labels. Without a target (a joint step): the source's
+    terms. Without a head (plain self-training): the two cross-entropies.
+    """
+    with common.autocast(args):
+        features_s, logits_s = network(source[0])  # (N, 3, H, W) -> (N, D, h, w), (N, C, h, w)
+    # DRSL-1
+    ce_s = segmentation_loss(logits_s, source[1])
+    if target is None:
+        _, d2_s, y_s = embed(head, features_s, source[1], args, generator)
+        mm_s = mode_loss(d2_s, y_s, own_modes(d2_s, y_s, args), args)
+        return {"loss": ce_s + args.lambda_mm * mm_s, "ce_s": ce_s, "mm_s": mm_s}
+
+    with common.autocast(args):
+        features_t, logits_t = network(target[0])
+    # DRSL-2
+    ce_t = segmentation_loss(logits_t, target[1])
+    if head is None:
+        return {"loss": ce_s + args.lambda_t * ce_t, "ce_s": ce_s, "ce_t": ce_t}
+
+    # The modes of a class share the pixels of both domains: one domain may have more of a mode than the other.
+    e, d2, y = embed(head, torch.cat([features_s, features_t]), torch.cat([source[1], target[1]]), args, generator)
+    m = own_modes(d2, y, args)
+    (e_s, e_t), (d2_s, d2_t), (y_s, y_t), (m_s, m_t) = (both.chunk(2) for both in (e, d2, y, m))
+    mm_s, mm_t = mode_loss(d2_s, y_s, m_s, args), mode_loss(d2_t, y_t, m_t, args)
+
+    if args.align_over == "all":
+        y_t, m_t = nearest_modes(d2_t)
+    sma = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, args.pairs, generator, shape=d2.shape[1:])
+
+    # DRSL-10
+    loss = ce_s + args.lambda_t * ce_t + args.lambda_mm * (mm_s + mm_t) + args.lambda_sma * sma
+    return {"loss": loss, "ce_s": ce_s, "ce_t": ce_t, "mm_s": mm_s, "mm_t": mm_t, "sma": sma}
+
+
 # =================================================== the training ===================================================
 
 
@@ -354,13 +411,12 @@ def poly_lr(base, step, steps, power=0.9):
 
 
 def make_optimizer(model, args):
-    """SGD (momentum 0.9, weight decay 5e-4), Adam or AdamW; `scale` remembers how much faster the classifier learns."""
+    """SGD (momentum 0.9, weight decay 5e-4) or AdamW; `scale` remembers how much faster the classifier learns."""
     groups = [{"params": [p for p in model.backbone.parameters() if p.requires_grad], "scale": 1.0},
               {"params": list(model.classifier.parameters()), "scale": args.head_lr}]
-    kind, options = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
-                     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99)}),
-                     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4})}[args.optimizer]
-    return kind(groups, lr=0.0, fused=args.device == "cuda", **options)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=args.device == "cuda")
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=args.device == "cuda")
 
 
 def set_lr(optimizer, lr):
@@ -371,7 +427,7 @@ def set_lr(optimizer, lr):
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
     """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
-    network, optimizer = common.distribute(model), make_optimizer(model, args)
+    network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
     for step, (image, label) in enumerate(common.training_batches(dataset, args, args.seed, start, steps), start + 1):
@@ -388,92 +444,44 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 # --- end ---
 
 
-def embed(network, head, image, label, args, generator):
-    """What both heads say of one domain's images, and the labels of the pixels that the mode losses see.
+def make_optimizer_with_modes(model, head, args):
+    """The shared groups plus the head's, at the network's own rate [R]. No weight decay on R, normalised on use."""
+    optimizer = make_optimizer(model, args)
+    if head is None:  # plain self-training
+        return optimizer
+    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 1.0})
+    optimizer.add_param_group({"params": [head.representatives], "scale": 1.0, "weight_decay": 0.0})
+    return optimizer
 
-    Returns logits (N, C, h, w), pixels e (n, E), their d2 (n, C, K) and y (n,), 255 where a pixel is not used.
+
+def train_modes(model, source, args, run):
+    """Step 2: a new head with modes of the source classes, before any pseudo-label exists [I]. Checkpoints: modes.pt.
+
+    For --head-iterations the head learns from L_mm^s while the network stands still, then k-means places the modes.
     """
-    with common.autocast(args):
-        features, logits = network(image)  # (N, 3, H, W) -> (N, D, h, w), (N, C, h, w)
-    e, d2 = head(features.float(), distances=True)  # (N, E, h, w), (n, C, K)
-    u = torch.rand(e[:, 0].shape, generator=generator, device=e.device)  # (N, h, w)
-    y = balanced_labels(label, e.shape[2:], args.pixels, u).flatten()  # (N, H, W) -> (n,)
-    return logits, common.as_pixels(e), d2, y
-
-
-def own_modes(d2, y, args):
-    """The mode m (n,) of its own class to which a pixel is pulled: by DRSL-17, with --no-balance by DRSL-8."""
-    if not args.balance:
-        return assign_modes(d2, y)
-    return balanced_assignment(own_class(d2, y), y, d2.shape[1], args.epsilon).argmax(1)
-
-
-def mode_loss(d2, y, m, args):
-    """L_mm of one domain's pixels: d2 (n, C, K), labels y (n,), own modes m (n,)."""
-    # DRSL-7
-    return (margin_loss(d2, y, args.alpha, m) + mode_cross_entropy(d2, y, args.sigma)
-            + args.w_own * own_mode_cross_entropy(d2, y, m, args.sigma))
-
-
-def step_losses(network, head, source, target, args, generator):
-    """DRSL-10 and its terms: {"loss", "ce_s", "mm_s", "ce_t", "mm_t", "sma"}.
-
-    source, target: (image, label), the target's being pseudo-labels. Without a target (step 2): the source's terms.
-    """
-    logits_s, e_s, d2_s, y_s = embed(network, head, *source, args, generator)
-    # DRSL-1
-    ce_s = segmentation_loss(logits_s, source[1])
-    if target is None:
-        mm_s = mode_loss(d2_s, y_s, own_modes(d2_s, y_s, args), args)
-        return {"loss": ce_s + args.lambda_mm * mm_s, "ce_s": ce_s, "mm_s": mm_s}
-
-    logits_t, e_t, d2_t, y_t = embed(network, head, *target, args, generator)
-    # DRSL-2
-    ce_t = segmentation_loss(logits_t, target[1])
-
-    # The modes of a class share the pixels of both domains: one domain may have more of a mode than the other.
-    m = own_modes(torch.cat([d2_s, d2_t]), torch.cat([y_s, y_t]), args)
-    m_s, m_t = m[:len(y_s)], m[len(y_s):]
-    mm_s, mm_t = mode_loss(d2_s, y_s, m_s, args), mode_loss(d2_t, y_t, m_t, args)
-
-    if args.align_over == "all":
-        y_t, m_t = nearest_modes(d2_t)
-    sma = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, args.pairs, generator, shape=d2_s.shape[1:])
-
-    # DRSL-10
-    loss = ce_s + args.lambda_t * ce_t + args.lambda_mm * (mm_s + mm_t) + args.lambda_sma * sma
-    return {"loss": loss, "ce_s": ce_s, "ce_t": ce_t, "mm_s": mm_s, "mm_t": mm_t, "sma": sma}
-
-
-def train_modes(model, head, source, args, run):
-    """Step 2: modes of the source classes, before any pseudo-label exists [I]. Checkpoints: modes.pt.
-
-    For --head-iterations the network stands still and the head learns from L_mm^s, then k-means places the
-    representatives, then for --joint-iterations both learn from L_seg^s + lambda_mm L_mm^s.
-    """
-    def still(image):
-        with torch.no_grad():
-            return model(image)
-
-    optimizer, steps = make_optimizer_with_modes(model, head, args), args.head_iterations + args.joint_iterations
+    torch.manual_seed(common.mix_seed(args.seed, 7))  # the head's start does not depend on what was drawn before
+    head = ModeHead(model.feature_dim, len(common.task_classes(args.source)), args.modes, args.embedding)
+    head.to(args.device)
+    optimizer, steps = make_optimizer_with_modes(model, head, args), args.head_iterations
     start = run.load("modes.pt", model, optimizer=optimizer, head=head)
-    network, mode_head = common.distribute(model), common.distribute(head)
+    mode_head = common.distribute(head, args)
     model.train()
     batches = common.training_batches(source, args, common.mix_seed(args.seed, 1), start, steps)
-    for step, batch in enumerate(batches, start + 1):
-        joint = step > args.head_iterations
-        set_lr(optimizer, args.lr if joint else args.warmup_lr)
-        generator = common.generator(args, 2, step)
-        terms = step_losses(network if joint else still, mode_head, batch, None, args, generator)
+    for step, (image, label) in enumerate(batches, start + 1):
+        set_lr(optimizer, args.warmup_lr)
+        with torch.no_grad(), common.autocast(args):
+            features, _ = model(image)
+        _, d2, y = embed(mode_head, features, label, args, common.generator(args, 2, step))
+        mm_s = mode_loss(d2, y, own_modes(d2, y, args), args)
         optimizer.zero_grad()
-        (terms["loss"] if joint else terms["mm_s"]).backward()
+        mm_s.backward()
         optimizer.step()
-        run.log_step("modes", step, steps, lr=optimizer.param_groups[0]["lr"], **terms)
-        if step == args.head_iterations:
+        run.log_step("modes", step, steps, lr=optimizer.param_groups[0]["lr"], mm_s=mm_s)
+        if step == steps:
             place_modes(model, head, source, args)
-            optimizer.state.pop(head.representatives, None)  # momentum of the representatives that k-means replaced
         if run.time_to_save(step, steps):
             run.save("modes.pt", step, model, optimizer=optimizer, head=head)
+    return head
 
 
 @torch.no_grad()
@@ -491,6 +499,37 @@ def place_modes(model, head, source, args, images=400, per_class=2000):
         labels.append(y[y != common.IGNORE])
     R = kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives)
     head.representatives.copy_(common.all_sum(R * (common.rank() == 0)))  # the first process's for all of them
+
+
+def label_target(model, args, folder, portion):
+    """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs; returns what the log shows."""
+    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")  # for the log alone
+
+    # Confidences of every 4th image, 8th row and column, which is enough for a threshold and fits in memory.
+    some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
+    confidence = torch.zeros(len(some), args.size[0] // 8, args.size[1] // 8, device=args.device)
+    label = torch.zeros_like(confidence, dtype=torch.int64)
+    n = common.rank()  # each process fills in the images that it has looked at, and the sum is the whole
+    for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
+        for best, index in zip(*prob[:, :, ::8, ::8].max(1)):  # (H / 8, W / 8)
+            confidence[n], label[n] = best, index
+            n += common.world_size()
+    confidence, label = common.all_sum(confidence).flatten(), common.all_sum(label).flatten()
+    tau = class_thresholds(confidence, label, len(common.task_classes(args.source)), portion)
+
+    predictions = common.predictions(model, dataset, args, flip=True)  # all images
+    labelled = ((batch, pseudo_labels(prob, tau)) for batch, prob in predictions)
+    return {"portion": portion, **common.write_pseudo_labels(folder, labelled, args)}
+
+
+# =================================================== meters (ours) ===================================================
+
+
+def effective_modes(counts):
+    """DRSL-20, from 1 (one mode has all pixels) to K: counts (C, K) of pixels -> (C,), NaN for classes without any."""
+    share = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
+    # DRSL-20
+    return torch.special.entr(share).sum(1).exp()
 
 
 @torch.no_grad()
@@ -521,70 +560,47 @@ def log_modes(model, head, source, target, args, run, images=40):
     return meters
 
 
-def label_target(model, args, folder, portion):
-    """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
-
-    Returns what the log shows: the portion asked for, the share kept and, on the toy, how many are right: of all, and
-    of those given to each class, mean over the classes. The truth is looked at here and used nowhere.
-    """
-    C = len(common.task_classes(args.source))
-    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
-
-    # First pass: confidences of every 4th image, 8th row and column, which is enough for a quantile.
-    some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
-    confidence = torch.zeros(len(some), args.size[0] // 8, args.size[1] // 8, device=args.device)
-    label = torch.zeros_like(confidence, dtype=torch.int64)
-    n = common.rank()  # each process fills in the images that it has looked at, and the sum is the whole
-    for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
-        for best, index in zip(*prob[:, :, ::8, ::8].max(1)):  # (H / 8, W / 8)
-            confidence[n], label[n] = best, index
-            n += common.world_size()
-    thresholds = class_thresholds(common.all_sum(confidence).flatten(), common.all_sum(label).flatten(), C, portion)
-
-    # Second pass: all images.
-    metric = common.MeanIoU(C)
-
-    def labelled():
-        for batch, prob in common.predictions(model, dataset, args, flip=True):
-            pseudo = pseudo_labels(prob, thresholds)  # (N, H, W)
-            if "label" in batch:
-                truth = batch["label"].to(pseudo.device)
-                metric.update(truth, torch.where(truth == common.IGNORE, truth, pseudo))  # a row per pseudo-label
-            yield batch, pseudo
-
-    shown = {"portion": portion, **common.write_pseudo_labels(folder, labelled(), args)}
-    if args.source == "toy":
-        metric.sum_processes(args.device)
-        shown["accuracy_classes"] = metric.recall().nanmean().item()
-    return shown
-
-
-def make_optimizer_with_modes(model, head, args):
-    """The shared groups plus the head's, at the network's own rate [R]. No weight decay on R, normalised on use."""
-    optimizer = make_optimizer(model, args)
-    optimizer.add_param_group({"params": list(head.project.parameters()), "scale": 1.0})
-    optimizer.add_param_group({"params": [head.representatives], "scale": 1.0, "weight_decay": 0.0})
-    return optimizer
+# ================================================ further deviations ================================================
+#  6. Weights inside L_mm. RepMet: a mean of cross-entropies, and margins summed over boxes that were mined as hard and
+#     divided by 512. Here: three means over the same pixels.
+#  7. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
+#  8. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
+#  9. What is embedded. RepMet: boxes. Here: the cells of the stride-8 grid, each labelled by the pixel at its centre.
+# 10. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all --iterations, with a ramp and
+#     poly decay over them (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's.
+# 11. Batch norm. CRST: frozen statistics. Here: what --batch-norm says, from the mode warm-up on. If it is live, each
+#     domain's batch is normalised by its own statistics, and those for labelling are estimated on target views.
+# 12. Source images in a round. CRST: 3 to 6 % of the source set. Here: a fresh source batch every step.
+# 13. Pseudo-labels. CRST: inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th pixel.
+#     Here: inputs of --size, mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
+# 14. Background score. RepMet: one for detection. Here: none, pixels without a class are ignored.
+# 15. Several processes. Each balances and aligns the pixels of its own images.
+# Left out, because neither a sentence of the abstract nor a measurement asks for it: RepMet's scaled maximum in place
+# of DRSL-4, modes drawn at random in place of the nearest (DRSL-9B), triplets (DRSL-9C) or centroids (DRSL-9D) in place
+# of pairs ("pixels", says the abstract), alignment that moves only one domain, focal loss, and other metric losses:
+# SoftTriple (DRSL-11), Magnet (DRSL-12), triplets (DRSL-13).
 
 
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
+    add("--plain", action="store_true",
+        help="plain self-training: no modes, no alignment, every step an adaptation step; their flags do nothing")
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
-        help="mode warm-up at --warmup-lr, network standing still, then k-means; 0: modes start at random places [U]")
+        help="before them, the head alone at --warmup-lr, then k-means; 0: modes start at random places [U]")
     add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000, small=1000),
-        help="mode warm-up at --lr, network learning too, with --lambda-mm 0 from its cross-entropy alone [U]")
+        help="the first ones of --iterations, on source alone, where modes and network learn together [U]")
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
         help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000, small=6000),
-        help="adaptation steps, all rounds together [F: 2 epochs a round]")
+        help="steps of the network: the joint ones and all rounds [F: 2 epochs a round]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-5),
         help="base learning rate of the adaptation [F]")
-    add("--portion", type=common.fraction, metavar="p_0", default=common.by_source(0.3, 0.2),
-        help="kept share of each predicted class, first round [F]")
+    add("--portion", type=common.fraction, metavar="X", default=common.by_source(0.3, 0.2),
+        help="kept share of the pixels predicted as each class, first round [F]")
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
-        help="delta_p, its growth per round [F]")
-    add("--portion-max", type=common.fraction, metavar="p_max", default=0.5, help="its bound [F]")
+        help="its growth per round [F]")
+    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="its bound [F]")
     add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
         help="E, embedding size [U; RepMet 256]")
@@ -602,14 +618,15 @@ def parse_args():
     add("--lambda-t", type=common.weight, metavar="X", default=1.0, help="weight of the target cross-entropy [U]")
     add("--lambda-mm", type=common.weight, metavar="X", default=0.3, help="weight of the mode losses [U]")
     add("--lambda-sma", type=common.weight, metavar="X", default=1.0, help="weight of stochastic mode alignment [U]")
-    return common.parse(parser)
+    args = common.parse(parser)
+    if args.joint_iterations > args.iterations and not args.plain:
+        parser.error(f"--joint-iterations {args.joint_iterations}: they are part of --iterations {args.iterations}")
+    return args
 
 
 def main():
     args = parse_args()
-    if args.backbone == "vgg16-fcn8s":
-        raise common.InputError("--backbone vgg16-fcn8s: DRSL needs features and logits on one grid, DeepLabV2's")
-    run = common.Run("drsl", args)
+    run = common.Run("plain" if args.plain else "drsl", args)
     source = common.source_dataset(args, common.training_augment(args, args.source_size))
     augment = common.training_augment(args)
     views = common.target_dataset(args, "train", augment)
@@ -621,32 +638,35 @@ def main():
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
-
-    # Step 2: modes of the source classes, under the adaptation's batch norm.
     common.settle_batch_norm(model, views, args)
-    torch.manual_seed(common.mix_seed(args.seed, 7))  # the head's start does not depend on what was drawn before
-    head = ModeHead(model.feature_dim, len(common.task_classes(args.source)), args.modes, args.embedding)
-    head.to(args.device)
-    train_modes(model, head, source, args, run)
 
-    # Step 3: rounds of pseudo-labels and training on both domains.
+    # Step 2: modes of the source classes, under the adaptation's batch norm. Plain self-training has none.
+    head = None if args.plain else train_modes(model, source, args, run)
+
+    # Step 3: the joint steps on source (r = 0), then rounds of pseudo-labels and training on both domains.
     optimizer = make_optimizer_with_modes(model, head, args)
-    done = run.load("last.pt", model, optimizer=optimizer, head=head)
-    network, mode_head = common.distribute(model), common.distribute(head)
-    for r in range(args.rounds):
-        first, last = args.iterations * r // args.rounds, args.iterations * (r + 1) // args.rounds
+    parts = {"optimizer": optimizer} if args.plain else {"optimizer": optimizer, "head": head}
+    done = run.load("last.pt", model, **parts)
+    network, mode_head = common.distribute(model, args), None if args.plain else common.distribute(head, args)
+    joint = 0 if args.plain else args.joint_iterations
+    # Round r ends after step ends[r].
+    ends = [joint + (args.iterations - joint) * r // args.rounds for r in range(args.rounds + 1)]
+    for r, (first, last) in enumerate(zip([0, *ends], ends)):
         if done >= last:
             continue
-        labels = run.folder / "pseudo_labels" / f"round{r + 1}"
-        if done == first:  # a new round: labels by the present network
-            log_modes(model, head, source, views, args, run)
-            common.settle_batch_norm(model, views, args)
-            # DRSL-16
-            portion = min(args.portion + r * args.portion_step, args.portion_max)
-            run.log(f"round {r + 1}", **label_target(model, args, labels, portion))
-        target = common.target_dataset(args, "train", augment, label_dir=labels)
-        batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, last)
-        batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 5), done, last)
+        batches_s = common.training_batches(source, args, common.mix_seed(args.seed, 4), done, last, share=1 + (r > 0))
+        batches_t = [None] * (last - done)
+        if r > 0:
+            labels = run.folder / "pseudo_labels" / f"round{r}"
+            if done == first:  # a new round: labels by the present network
+                if not args.plain:
+                    log_modes(model, head, source, views, args, run)
+                common.settle_batch_norm(model, views, args)
+                # DRSL-16
+                portion = min(args.portion + (r - 1) * args.portion_step, args.portion_max)
+                run.log(f"round {r}", **label_target(model, args, labels, portion))
+            target = common.target_dataset(args, "train", augment, label_dir=labels)
+            batches_t = common.training_batches(target, args, common.mix_seed(args.seed, 5), done, last, share=2)
         model.train()
         for done, batch_s, batch_t in zip(range(done + 1, last + 1), batches_s, batches_t):
             set_lr(optimizer, common.ramp(done, args) * poly_lr(args.lr, done - 1, args.iterations, args.power))
@@ -654,20 +674,20 @@ def main():
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
-            run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms)
+            run.log_step("adapt" if r else "joint", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms)
             run.validate("adapt", done, args.iterations, model, views)
             if run.time_to_save(done, args.iterations):
-                run.save("last.pt", done, model, optimizer=optimizer, head=head)
+                run.save("last.pt", done, model, **parts)
 
     # Step 4: both models on the target's validation split.
-    meters = log_modes(model, head, source, views, args, run)
+    meters = {} if args.plain else log_modes(model, head, source, views, args, run)
     labelling = [line for line in run.logged() if "accuracy" in line]
     if labelling:  # the abstract's claim: in the last round less noise
         meters["noise"] = 100 * (1 - labelling[-1]["accuracy"])
         meters["noise_classes"] = 100 * (1 - labelling[-1]["accuracy_classes"])
     common.settle_batch_norm(model, views, args)
-    run.save("last.pt", done, model, optimizer=optimizer, head=head)
-    title = "DRSL" if args.lambda_mm or args.lambda_sma else "plain self-training"
+    run.save("last.pt", done, model, **parts)
+    title = "plain self-training" if args.plain else "DRSL"
     common.compare_with_source_only({title: model}, args, run, source_model, **meters)
 
 

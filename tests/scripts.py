@@ -104,7 +104,7 @@ def run_as_two(folder, script, *arguments):
     assert [process.exitcode for process in team] == [0, 0], texts(folder)[1]
 
 
-SPLITTABLE = ["--batch-norm", "frozen", "--precision", "fp32", "--optimizer", "sgd"]  # nothing that magnifies rounding
+SPLITTABLE = ["--batch-norm", "frozen", "--optimizer", "sgd"]  # nothing that magnifies rounding
 
 
 def trained_alike(begun, one, two, tolerance=0.3):

@@ -1,11 +1,9 @@
 """common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
 
 import argparse
-import errno
 import json
 import math
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import load, run, texts
+from torch.utils.data import default_collate
 from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
 
 import common
@@ -24,7 +23,7 @@ def settings(**changes):
     args = {"source": "toy", "toy_world": 0, "toy_images": 8, "data_root": None, "out": None, "resume": False,
             "seed": 0, "backbone": "resnet18", "backbone_weights": "none", "size": (32, 64), "source_size": (32, 64),
             "crop": (32, 64), "scale_jitter": [1.0, 1.0], "batch_norm": "live", "batch_size": 4, "workers": 0,
-            "device": "cpu", "precision": "fp32", "log_every": 2, "save_every": 100, "val_every": 0,
+            "device": "cpu", "precision": "fp32", "compile": False, "log_every": 2, "save_every": 100, "val_every": 0,
             "iterations": 8}
     return argparse.Namespace(**{**args, **changes})
 
@@ -74,7 +73,7 @@ def test_synthia(tmp_path):
     data = Synthia(tmp_path)
     item = data[0]
     assert len(data) == 4 and item["name"] == "0000000"
-    assert item["image"].shape == (3, 48, 80) and item["image"].dtype == torch.float32  # alpha dropped
+    assert item["image"].shape == (3, 48, 80) and item["image"].dtype == torch.uint8  # alpha dropped
     assert item["label"].shape == (48, 80) and item["label"].dtype == torch.int64
     raw = common.read_synthia_label(tmp_path / "RAND_CITYSCAPES/GT/LABELS/0000000.png")
     for index, raw_id in ((0, 3), (1, 4), (2, 2), (9, 1), (10, 10), (12, 8)):
@@ -134,9 +133,46 @@ def test_images_are_normalised_for_torchvision_weights(tmp_path):
     Image.new("RGB", (2, 2), (255, 0, 51)).save(tmp_path / "GTA5/images/1.png")
     write_palette(tmp_path / "GTA5/labels/1.png", np.full((2, 2), 7))
     image = GTA5(tmp_path)[0]["image"]
+    normalised = common.normalise(image[None])
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
-    torch.testing.assert_close(image[:, 0, 0], torch.tensor(expected))
+    torch.testing.assert_close(normalised[0, :, 0, 0], torch.tensor(expected))
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
     assert common.to_picture(image).getpixel((0, 0)) == (255, 0, 51)
+
+
+def test_pictures_of_every_spelling_have_a_name_of_their_own(tmp_path):
+    """The same file name in two folders, JPEGs, capitals; what macOS hides beside a picture is none."""
+    for split in ("train", "val"):
+        for folder in ("201", "202"):
+            images = tmp_path / f"cityscapes/leftImg8bit/{split}/{folder}"
+            labels = tmp_path / f"cityscapes/gtFine/{split}/{folder}"
+            images.mkdir(parents=True), labels.mkdir(parents=True)
+            for stem, suffix in (("frame0029", "png"), (f"only{folder}", "JPG")):
+                Image.new("RGB", (16, 8), (int(folder), 0, 0)).save(images / f"{stem}_leftImg8bit.{suffix}")
+                Image.new("L", (16, 8), 7).save(labels / f"{stem}_gtFine_labelIds.png")
+            (images / "._frame0029_leftImg8bit.png").write_bytes(b"a resource fork")
+    data = Cityscapes(tmp_path, "val", classes=SYNTHIA_16)
+    assert data.names == ["201/frame0029", "only201", "202/frame0029", "only202"]
+    assert [item["image"][0, 0, 0].item() // 2 for item in data] == [100, 100, 101, 101] and data[1]["label"].any() == 0
+    args = settings(source="synthia", data_root=tmp_path, size=(8, 16))
+    pseudo = ((batch, torch.full((1, 8, 16), i)) for i, batch in
+              enumerate(common.evaluation_batches(common.target_dataset(args, "train"), args)))
+    assert common.write_pseudo_labels(tmp_path / "labels", pseudo, args) == {"kept": 1.0}
+    taught = common.target_dataset(args, "train", label_dir=tmp_path / "labels")
+    assert [item["label"].unique().tolist() for item in taught] == [[0], [1], [2], [3]]  # to each picture its own
+    stems = [tmp_path / name for name in ("a/x.png", "a/x.jpg", "y.png")]
+    assert common.unique_names(stems, tmp_path) == ["a/x.png", "a/x.jpg", "y"]
+
+
+def test_training_pictures_are_resized_fast_and_others_bicubic():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))
+    keep = lambda image, label: (image, label)
+    half = common.make_item(image, None, "", (8, 16), keep)["image"]
+    expected = np.array(image, float).reshape(8, 2, 16, 2, 3).mean((1, 3))  # (8, 16, 3)
+    assert np.abs(half.permute(1, 2, 0).numpy() - expected).max() <= 1
+    scored = common.make_item(image, None, "", (8, 16), None)["image"]
+    assert np.array_equal(scored.permute(1, 2, 0), np.array(image.resize((16, 8), Image.Resampling.BICUBIC)))
 
 
 def test_lower_case_folders_are_found(tmp_path):
@@ -183,6 +219,8 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
     assert "no image found" in message(lambda: Synthia(tmp_path))
     (tmp_path / "cityscapes/leftImg8bit/train/x").mkdir(parents=True)
     assert "no image found" in message(lambda: Cityscapes(tmp_path, "train"))
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    assert "bomb.png" in message(lambda: common.read_image(tmp_path / "bomb.png"))
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
     assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
     Image.fromarray(np.full((4, 4), 1792, np.uint16)).save(tmp_path / "deep.png")  # its low byte is 0: road
@@ -212,13 +250,13 @@ def test_a_scale_of_one_changes_nothing_and_larger_ones_never_pad():
     image = torch.randint(0, 256, (3, 40, 80), dtype=torch.uint8)
     label = torch.randint(0, 16, (40, 80), dtype=torch.uint8)
     same = {"size": (40, 80), "crop": (40, 80)}
-    augment = common.training_augment(settings(**same), jitter=0.0)
+    augment = common.training_augment(settings(**same))
     for _ in range(4):
         x, y = augment(image, label)
         flipped = not torch.equal(y, label)
         assert torch.equal(x.flip(2) if flipped else x, image) and torch.equal(y.flip(1) if flipped else y, label)
-    larger = common.training_augment(settings(**same, scale_jitter=[1.0, 1.5]), jitter=0.0)
-    shrunk = common.training_augment(settings(size=(40, 80), crop=(16, 40), scale_jitter=[0.5, 0.5]), jitter=0.0)
+    larger = common.training_augment(settings(**same, scale_jitter=[1.0, 1.5]))
+    shrunk = common.training_augment(settings(size=(40, 80), crop=(16, 40), scale_jitter=[0.5, 0.5]))
     for _ in range(8):
         x, y = larger(image, label)
         assert y.shape == (40, 80) and y.max() < 16
@@ -231,7 +269,7 @@ def test_augmentation_moves_image_and_label_together():
         blocks(range(5), (32, 64), np.random.default_rng(0)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
     )
     image = (label * 50)[None].expand(3, -1, -1).contiguous()
-    augment = common.training_augment(settings(size=(64, 128), crop=(48, 96), scale_jitter=[0.75, 1.5]), jitter=0.0)
+    augment = common.training_augment(settings(size=(64, 128), crop=(48, 96), scale_jitter=[0.75, 1.5]))
     torch.manual_seed(0)
     for _ in range(10):
         x, y = augment(image, label)
@@ -258,11 +296,99 @@ def test_batches_are_a_function_of_seed_and_step():
     assert next(common.training_batches(unlabelled, args, 0, 0, 1))[1] is None
 
 
+def test_colours_vary_on_the_device_picture_by_picture(monkeypatch):
+    images = torch.randint(0, 256, (1, 3, 8, 16), dtype=torch.uint8).expand(4, -1, -1, -1)
+    state = torch.get_rng_state()
+    seen = common.colour_jitter(images, 5, 1)
+    assert torch.equal(torch.get_rng_state(), state) and seen.dtype == torch.uint8
+    assert len({tuple(view.flatten().tolist()) for view in seen}) == 4  # each its own
+    assert torch.equal(seen, common.colour_jitter(images, 5, 1))
+    assert not torch.equal(seen, common.colour_jitter(images, 5, 2))
+    assert torch.equal(common.colour_jitter(images, 5, 1, strength=0.0), images)
+    grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    tones = torch.cat([common.colour_jitter(grey, 6, i, strength=0.3) for i in range(60)])[:, 0, 0, 0].float() / 100
+    assert 0.69 <= tones.min() < 0.8 and 1.2 < tones.max() <= 1.31  # brightness by as much; grey has no other colour
+    monkeypatch.setattr(common, "rank", lambda: 1)  # the second of two processes: pictures 2 and 3 of the batch
+    assert torch.equal(common.colour_jitter(images[:2], 5, 1), seen[2:])
+
+
+def test_batches_come_jittered_clean_or_as_bytes():
+    args = settings(batch_size=2)
+    data = ToyStreets("source", "val", (32, 64), images=8)
+    take = lambda **how: next(common.training_batches(data, args, 3, 2, 3, **how))
+    raw, clean, jittered = take(jitter=None), take(jitter=0), take()
+    assert raw[0].dtype == torch.uint8 and all(torch.equal(other[1], raw[1]) for other in (clean, jittered))
+    assert torch.equal(clean[0], common.normalise(raw[0]))
+    assert torch.equal(jittered[0], common.normalise(common.colour_jitter(raw[0], 3, 2, 2)))
+    assert torch.equal(take(jitter=0.1)[0], common.normalise(common.colour_jitter(raw[0], 3, 2, 2, strength=0.1)))
+
+
+def test_loaders_of_a_step_share_the_workers(monkeypatch):
+    made = []
+    monkeypatch.setattr(common, "DataLoader", lambda *_, **options: made.append(options["num_workers"]) or [])
+    for workers, share in ((16, 1), (16, 2), (5, 2), (1, 2), (0, 2)):
+        common.load([], settings(workers=workers), share)
+    assert made == [16, 8, 3, 1, 0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(40)), raising=False)
+    assert common.processors() == 16
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 9}, raising=False)
+    assert common.processors() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert common.processors() == 1
+
+
+class Void(torch.utils.data.Dataset):
+    """Pictures of which only number 150 has a labelled pixel."""
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        label = torch.full((8, 8), 255)
+        label[0, 0] = 255 if index < 150 else 3
+        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "label": label}
+
+
+def test_labels_without_a_class_stop_a_run_before_it_starts(tmp_path):
+    write_gta5(tmp_path)
+    write_cityscapes(tmp_path)
+    args = settings(source="gta5", data_root=tmp_path, out=str(tmp_path / "run"))
+    assert common.check_data(args)
+    for path in (tmp_path / "GTA5/labels").iterdir():
+        write_palette(path, blocks([58, 76, 107], (48, 80), np.random.default_rng(1)))  # grey tones
+    with pytest.raises(InputError, match="00001.png: neither here nor in seven others does a pixel belong to a class"):
+        common.Run("drsl", args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_without_any_label_stops_after_a_hundred_steps(monkeypatch):
+    monkeypatch.setattr(common.Batches, "__getitem__", lambda self, step: default_collate([self.dataset[step]]))
+    args = settings(batch_size=1)
+    batches = common.training_batches(Void(), args, 0, 0, 200, jitter=0)
+    assert len([next(batches) for _ in range(99)]) == 99
+    with pytest.raises(InputError, match="Void: no pixel of the first hundred steps has a label"):
+        next(batches)
+    assert len(list(common.training_batches(Void(), args, 0, 60, 200, jitter=0))) == 140  # the ninety-first has one
+
+
+def test_the_share_of_waiting_is_told(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    run = common.Run("drsl", settings(out=str(tmp_path / "run"), log_every=2))
+    for step, waits in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 0.05), (5, 4.0), (6, 4.0)):
+        clock[0] += 5
+        monkeypatch.setattr(common, "waited", common.waited + waits)
+        run.log_step("adapt", step, 9, loss=1.0)
+    assert [line.get("waiting") for line in run.logged()] == [0.1, None, 0.8]
+    before = common.waited
+    list(common.training_batches(ToyStreets("source", "val", (32, 64), images=8), settings(), 0, 0, 2))
+    assert common.waited > before
+
+
 def test_an_epoch_sees_every_picture_once():
-    data = ToyStreets("source", "val", (16, 32))
-    batches = common.Batches(data, 4, 7)
-    names = [name for step in range(50) for name in batches[step]["name"]]
-    assert len(set(names[:100])) == 100 and len(set(names[100:])) == 100 and names[:100] != names[100:]
+    batches = common.Batches(ToyStreets("source", "train", (16, 32), images=20), 4, 7)
+    names = [name for step in range(10) for name in batches[step]["name"]]
+    assert len(set(names[:20])) == 20 and len(set(names[20:])) == 20 and names[:20] != names[20:]
 
 
 # ---------------------------------------------------- the network ----------------------------------------------------
@@ -272,9 +398,9 @@ def test_an_epoch_sees_every_picture_once():
     "backbone, dim", [("resnet14", 256), ("resnet18", 512), ("resnet50", 2048), ("resnet101", 2048), ("vgg16", 1024)]
 )
 def test_network_shapes(backbone, dim):
-    model = DeepLabV2(16, backbone).eval()
-    with torch.no_grad():
-        features, logits = model(torch.randn(1, 3, 64, 128))
+    with torch.device("meta"):  # shapes only
+        model = DeepLabV2(16, backbone).eval()
+        features, logits = model(torch.empty(1, 3, 64, 128))
     assert model.feature_dim == dim and features.shape[1] == dim
     grid = (8, 16) if backbone == "vgg16" else (9, 17)
     assert features.shape[2:] == logits.shape[2:] == grid and logits.shape[1] == 16
@@ -353,7 +479,7 @@ def cell_centres(backbone, axis):
     size = (16, 2048) if axis == 1 else (2048, 16)
     image = torch.ones(1, 3, *size, requires_grad=True)
     line = model.backbone(image)[0].sum(0).sum(1 - axis)  # one value per cell along the long side
-    cells = range(len(line) // 2 - 3, len(line) // 2 + 4)
+    cells = range(len(line) // 2 - 3, len(line) // 2 + 4, 3)
     centres = []
     for j in cells:
         weight = torch.autograd.grad(line[j], image, retain_graph=True)[0].abs().sum((0, 1)).sum(1 - axis).double()
@@ -363,8 +489,8 @@ def cell_centres(backbone, axis):
     return slope, offset
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "vgg16"])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("backbone, axis", [("resnet18", 0), ("resnet18", 1), ("resnet50", 1), ("vgg16", 0),
+                                            ("vgg16", 1)])
 def test_cells_and_pixels_coincide_in_both_directions(backbone, axis):
     """To one pixel: `upsample` paints a cell, and `grid_labels` reads its label, where the network is centred on it."""
     slope, offset = cell_centres(backbone, axis)
@@ -433,23 +559,92 @@ def test_grid_labels_keep_255_and_the_empty_batch():
 
 
 def test_vgg_has_the_form_of_sdca():
-    convs = [m for m in DeepLabV2(3, "vgg16").backbone if isinstance(m, torch.nn.Conv2d)]
-    pools = [m for m in DeepLabV2(3, "vgg16").backbone if isinstance(m, torch.nn.MaxPool2d)]
+    with torch.device("meta"):
+        layers = DeepLabV2(3, "vgg16").backbone
+    convs, pools = ([m for m in layers if isinstance(m, kind)] for kind in (torch.nn.Conv2d, torch.nn.MaxPool2d))
     assert len(pools) == 3 and [c.dilation[0] for c in convs] == [1] * 10 + [2] * 3 + [4] * 2
     assert [c.out_channels for c in convs[-2:]] == [1024, 1024]
 
 
 def test_backbone_weights_from_a_file(tmp_path):
+    """Half precision, the `module.` of nn.DataParallel, and without what the network throws away."""
     import torchvision
 
     state = torchvision.models.resnet18().state_dict()
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
-    model = DeepLabV2(4, "resnet18", str(tmp_path / "w.pth"))
-    torch.testing.assert_close(model.backbone[0].weight, state["conv1.weight"].half().float())
-    with pytest.raises(InputError, match="w.pth.*resnet50"):
-        DeepLabV2(4, "resnet50", str(tmp_path / "w.pth"))
-    with pytest.raises(InputError, match="nothing.pth"):
-        DeepLabV2(4, "resnet18", str(tmp_path / "nothing.pth"))
+    fc = ("fc.weight", "fc.bias")
+    for name, contents, backbone in (
+            ("half", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, "resnet18"),
+            ("parallel", {f"module.{k}": v for k, v in state.items()}, "resnet18"),
+            ("headless", {k: v for k, v in state.items() if k not in fc}, "resnet18"),
+            ("other_head", {**state, "fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, "resnet18"),
+            ("stem", {k: v for k, v in state.items() if k not in fc and "layer4" not in k}, "resnet14"),
+            ("old", {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, "resnet18")):
+        torch.save(contents, tmp_path / f"{name}.pth")
+        model = DeepLabV2(4, backbone, str(tmp_path / f"{name}.pth"))
+        for index, key in ((0, "conv1.weight"), (6, "layer3.0.conv1.weight")):
+            weight = model.backbone[0].weight if index == 0 else model.backbone[6][0].conv1.weight
+            torch.testing.assert_close(weight, contents.get(key, state[key]).float())
+    for name, backbone, words in (("half", "resnet50", "does not fit torchvision's resnet50"),
+                                  ("stem", "resnet18", "no layer4.0.conv1.weight"),
+                                  ("nothing", "resnet18", "no such file")):
+        with pytest.raises(InputError, match=f"{name}.pth.*{words}") as caught:
+            DeepLabV2(4, backbone, str(tmp_path / f"{name}.pth"))
+        assert len(str(caught.value)) < 600 + len(str(tmp_path)) and "\n" not in str(caught.value)
+    for contents in ([1], {"state_dict": state}, {}):
+        torch.save(contents, tmp_path / "odd.pth")
+        with pytest.raises(InputError, match="odd.pth: expected a dict of tensors"):
+            DeepLabV2(4, "resnet18", str(tmp_path / "odd.pth"))
+
+
+def test_a_damaged_download_is_named(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    file = tmp_path / "hub/checkpoints" / weights.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    good = file.read_bytes()
+    for damaged in (good[:len(good) // 2], good[:10], b"<html>not found</html>", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{file.name}: torchvision's download cannot be used .*delete this file"):
+            DeepLabV2(4, "resnet18", "imagenet")
+    file.write_bytes(good)
+    DeepLabV2(4, "resnet18", "imagenet")
+
+
+def test_json_knows_no_nan(tmp_path):
+    common.write_json(tmp_path / "x.json", {"a": [math.nan, 1.5], "b": {"c": math.inf, "d": -math.inf}})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": [None, 1.5], "b": {"c": None, "d": None}} and "NaN" not in text
+    run = common.Run("drsl", settings(out=str(tmp_path / "run")))
+    run.log("modes", effective=[math.nan, 2])
+    assert "NaN" not in (tmp_path / "run/log.jsonl").read_text() and run.logged()[0]["effective"] == [None, 2]
+
+
+def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
+    def told(error):
+        def main():
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            common.run(main)
+        assert "\n" not in caught.value.code
+        return caught.value.code
+
+    monkeypatch.setattr(common.Run, "current", None)
+    memory = told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert all(flag in memory for flag in ("--precision bf16", "--batch-size 1", "--crop", "--preset small"))
+    assert told(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")) == memory
+    run = common.Run("drsl", settings(out=str(tmp_path / "run")))
+    assert "there is no checkpoint yet" in told(MemoryError())
+    run.save("last.pt", 0, torch.nn.Linear(2, 2))
+    died = told(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."))
+    assert "--workers 0" in died and f"{run.folder / 'last.pt'}, is intact" in died and "/dev/shm" in died
+    from torch._inductor.exc import InvalidCxxCompiler
+    assert "--no-compile" in told(InvalidCxxCompiler())
+    with pytest.raises(RuntimeError, match="ours"):
+        common.run(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
 
 
 def test_frozen_batch_norm_neither_learns_nor_moves():
@@ -626,8 +821,8 @@ class Constant(torch.nn.Module):
 
 
 def test_evaluation_at_the_labels_own_resolution(monkeypatch):
-    image = torch.zeros(1, 3, 16, 32)
-    image[:, :, :, 16:] = 2.0
+    image = torch.full((1, 3, 16, 32), 124, dtype=torch.uint8)  # 0 in the red channel, as good as
+    image[:, :, :, 16:] = 240  # 1.99
     label = torch.zeros(1, 40, 80, dtype=torch.long)
     label[:, :, 40:] = 2
     label[:, :2] = 255
@@ -704,7 +899,6 @@ def test_small_preset(tmp_path, capsys):
     assert "the toy world is small already" in capsys.readouterr().err
 
     common.Run("drsl", settings(out=str(tmp_path / "run"), preset="small"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert common.read_json(tmp_path / "run/args.json")["preset"] == "small"
     with pytest.raises(InputError, match="had --preset small; give the same"):
         common.Run("drsl", settings(out=str(tmp_path / "run"), preset=None, resume=True))
@@ -726,7 +920,6 @@ def test_time_left(tmp_path, monkeypatch, capsys):
         for stage, step in steps:
             clock[0] += 3
             run.log_step(stage, step, 10, loss=1.0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which also lets go of the run and its lock
         return [line.split("[")[1] for line in capsys.readouterr().out.splitlines()]
 
     both = [("source", 9), ("source", 10), ("adapt", 1), ("adapt", 2), ("adapt", 3)]
@@ -735,73 +928,6 @@ def test_time_left(tmp_path, monkeypatch, capsys):
     assert session([("adapt", 3), ("adapt", 4), ("adapt", 5)], resume=True) == [
         "18 s]", "21 s, 18 s left]", "24 s, 15 s left]"]
     assert "left" not in (tmp_path / "run/log.jsonl").read_text()
-
-
-LINES = [
-    {"stage": "source", "step": "25/50", "lr": 0.1, "loss": 3.0, "seconds": 1},
-    {"stage": "source", "step": "50/50", "lr": 0.1, "loss": 1.0, "seconds": 2},
-    {"stage": "round 1", "step": "", "kept": 0.5, "effective": [1, None], "seconds": 3},
-    {"stage": "adapt", "step": "50/50", "loss": 9.0, "sl": math.nan, "seconds": 4},  # before a resume
-    {"stage": "adapt", "step": "25/50", "loss": None, "sl": 5, "lr": math.nan, "seconds": 4},
-    {"stage": "adapt", "step": "50/50", "loss": 2.0, "sl": 6, "seconds": 5},
-    {"stage": "adapt oracle", "step": "50/50", "val_miou": 40.0, "seconds": 6},
-]
-
-
-def test_curves_of_a_log(tmp_path):
-    starts, curves = common.logged_curves(LINES)
-    assert starts == {"source": 0, "adapt": 50}
-    assert curves == {
-        "lr": [(25, 0.1), (50, 0.1)], "loss": [(25, 3.0), (50, 1.0), (100, 2.0)], "sl": [(75, 5), (100, 6)]}
-    assert common.logged_curves([]) == common.logged_curves([{"stage": 1, "loss": True, "seconds": 1}]) == ({}, {})
-    common.draw_curves(tmp_path / "none.png", LINES[:1])
-    assert not (tmp_path / "none.png").exists()
-
-    common.draw_curves(tmp_path / "curve.png", LINES, columns=2, width=100, height=50)
-    sheet = Image.open(tmp_path / "curve.png")
-    assert sheet.size == (16 + 2 * 116, 24 + 2 * 74)
-    left, top, navy = 16 + 116, 40, (0, 0, 128)  # the second panel, loss
-    for step, y in ((25, 0), (50, 50), (100, 25)):  # 3 is the greatest and on top
-        assert sheet.getpixel((left + step, top + y)) == navy
-    assert sheet.getpixel((left + 75, top + 37)) == navy and sheet.getpixel((left + 75, top + 10)) == (255, 255, 255)
-    assert sheet.getpixel((left + 50, top + 10)) == (192, 192, 192)  # adapt starts
-    assert sheet.getpixel((16 + 25, 40)) == sheet.getpixel((16 + 50, 40)) == navy  # lr, which does not change
-    assert sheet.getpixel((16 + 75, 40 + 74 + 50)) == sheet.getpixel((16 + 100, 40 + 74)) == navy  # sl, second row
-
-    many = [{"stage": "s", "step": f"{i}/6000", "loss": i % 2, "seconds": 1} for i in range(1, 6001)]
-    common.draw_curves(tmp_path / "many.png", many, columns=1, width=300, height=50)
-    sheet = Image.open(tmp_path / "many.png")
-    assert sheet.getpixel((16 + 150, 40 + 25)) == navy and sheet.getpixel((16 + 150, 40 + 10)) == (176, 196, 222)
-
-
-def test_a_curve_that_cannot_be_drawn_does_not_stop_a_run(tmp_path, monkeypatch):
-    run, model = common.Run("drsl", settings(out=str(tmp_path / "run"))), torch.nn.Linear(3, 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    log, curve = run.folder / "log.jsonl", run.folder / "curve.png"
-    run.save("last.pt", 0, model)
-    assert not curve.exists()  # nothing is logged yet
-    for step in (2, 4):
-        run.log_step("adapt", step, 4, loss=1.0 / step)
-    run.save("last.pt", 4, model)
-    drawn = curve.read_bytes()
-    log.write_text(log.read_text()[:-9])  # half a line: one value is left, no curve
-    run.save("last.pt", 5, model)
-    log.write_text("{torn\n" * 3)
-    run.save("last.pt", 6, model)
-    assert curve.read_bytes() == drawn
-    curve.unlink()
-    curve.mkdir()  # so that nothing can be written there
-    log.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    run.save("last.pt", 7, model)
-    assert load(run.folder / "last.pt")["step"] == 7
-
-    def refuse(*_):
-        raise AssertionError("only process 0 draws")
-
-    monkeypatch.setattr(common, "draw_curves", refuse)
-    monkeypatch.setattr(common, "rank", lambda: 1)
-    run.log_step("adapt", 4, 4, loss=1.0)
-    run.save("last.pt", 8, model)
 
 
 def test_ramp():
@@ -837,14 +963,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
             run.save("last.pt", 1, torch.nn.Linear(400, 400))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run had taken it over
     assert (run.folder / "last.pt").read_bytes() == before
-    assert sorted(os.listdir(run.folder)) == [".lock", "args.json", "last.pt", "log.jsonl"]
+    assert sorted(os.listdir(run.folder)) == ["args.json", "last.pt", "log.jsonl"]
 
 
 def test_not_finite_stops_with_step_and_terms(tmp_path):
     run, model = common.Run("drsl", settings(out=str(tmp_path / "run"))), torch.nn.Linear(3, 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\); there is no checkpoint yet"):
         run.log_step("adapt", 3, 9, loss=torch.tensor(1.0), ce_t=torch.tensor(math.nan))
     run.save("last.pt", 2, model)
@@ -855,22 +979,6 @@ def test_not_finite_stops_with_step_and_terms(tmp_path):
     with pytest.raises(InputError, match="last.pt: weights are not finite"):
         run.save("last.pt", 3, model)
     assert (run.folder / "last.pt").read_bytes() == before
-
-
-def test_a_file_system_without_locks_can_be_used(monkeypatch, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-
-    def refuse(error):
-        def flock(*_):
-            raise error
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-
-    refuse(OSError(errno.ENOLCK, "No locks available"))
-    common.lock_folder(tmp_path)
-    refuse(BlockingIOError())
-    with pytest.raises(InputError, match="another run"):
-        common.lock_folder(tmp_path)
 
 
 def test_a_panel_shows_no_picture_twice():
@@ -909,40 +1017,61 @@ def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch)
 
 def test_looking_at_data(tmp_path):
     out = run(tmp_path, "common.py", "--toy-images", 8, "--picture", "look/toy.png")
-    assert "source train: 8 images" in out and "building" in out and (tmp_path / "look/toy.png").exists()
+    assert "source train: 8 images, 100.0 % of the pixels labelled" in out and (tmp_path / "look/toy.png").exists()
     write_synthia(tmp_path)
     write_cityscapes(tmp_path)
     look = ["common.py", "--source", "synthia", "--data-root", tmp_path, "--samples", 0]
     out = run(tmp_path, *look)
-    assert "source train: 4 images, 4 labels; 4 read" in out and "target train: 6 images, no labels" in out
+    assert "source train: 4 images, " in out and "target train: 6 images, no labels; 6 read" in out
+    assert "look: ids that are no class, the most frequent first: " in out and "most pixels" not in out
     torn = tmp_path / "RAND_CITYSCAPES/RGB/0000001.png"
     torn.write_bytes(torn.read_bytes()[:200])
     (tmp_path / "preview.png").unlink()
     assert "0000001.png" in run(tmp_path, *look, ok=False)
     out = texts(tmp_path)[0]
-    assert (
-        "1 of 4 broken, the first: " in out
-        and "3 source and 4 target scenes" in out
-        and (tmp_path / "preview.png").exists()
-    )
+    assert "1 of 4 broken, the first: " in out and "3 source and 4 target scenes" in out
+    assert (tmp_path / "preview.png").exists()
 
 
-def test_looking_at_data_says_what_would_stay_silent(tmp_path):
-    """Files that are not read, labels of another size, labels that hold trainIds or nothing."""
+def looks(capsys, dataset):
+    """What is printed of a data set, and what looks wrong with it."""
+    common.describe("set", dataset, SYNTHIA_16, 0)
+    lines = capsys.readouterr().out.splitlines()
+    return lines[0], [line.strip() for line in lines if "look:" in line]
+
+
+def test_looking_at_data_says_what_would_stay_silent(tmp_path, capsys):
+    """Files that are not read, labels of another size, labels that hold trainIds, grey tones or nothing."""
     write_gta5(tmp_path)
-    write_cityscapes(tmp_path)
-    look = ["common.py", "--source", "gta5", "--data-root", tmp_path, "--samples", 0]
-    assert "look:" not in run(tmp_path, *look)
-    (tmp_path / "GTA5/images/00009.JPG").write_bytes(b"")
+    shares, found = looks(capsys, GTA5(tmp_path))
+    raw = np.stack([common.read_label(path) for path in sorted((tmp_path / "GTA5/labels").iterdir())])
+    void = 100 * np.isin(raw, (0, 34, 35)).mean()
+    assert f"{100 - void:.1f} % of the pixels labelled" in shares and len(found) == 1
+    assert f"0 ({100 * (raw == 0).mean():.1f} %)" in found[0] and "7 (" not in found[0]
+    Image.new("RGB", (80, 48)).save(tmp_path / "GTA5/labels/00002.jpg")  # beside the labels nobody minds
     write_palette(tmp_path / "GTA5/labels/00002.png", blocks([7, 26], (24, 40), np.random.default_rng(0)))
-    out = run(tmp_path, *look)
-    assert "look: 1 files that are not read, such as" in out and "00009.JPG" in out
-    assert "look: 1 of 4 labels have another size than their image" in out and "00002.png" in out
-    for ids, words in (([0, 13, 18, 255], "no label id is above 18, as in trainIds"),
-                       ([255], "every pixel of the labels is 255")):
-        for path in (tmp_path / "GTA5/labels").iterdir():
+    found = "\n".join(looks(capsys, GTA5(tmp_path))[1])
+    assert "look: 1 of 4 labels have another size than their image" in found and "00002.png" in found
+    write_cityscapes(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cityscapes/leftImg8bit/val/bonn/bonn_1.png")
+    found = "\n".join(looks(capsys, Cityscapes(tmp_path, "val"))[1])
+    assert "look: 1 files that are not read, such as" in found and "bonn_1.png" in found
+    for ids, words in (([0, 13, 18, 255], "no id is above 18, as in trainIds"), ([255], "255 (100.0 %)"),
+                       ([58, 76, 107], "most pixels have such an id")):
+        for path in (tmp_path / "GTA5/labels").glob("*.png"):
             write_palette(path, blocks(ids, (48, 80), np.random.default_rng(1)))
-        assert words in run(tmp_path, *look)
+        assert words in "\n".join(looks(capsys, GTA5(tmp_path))[1])
+
+
+def test_ids_in_the_wrong_channel_are_seen_before_training(tmp_path, capsys):
+    """What OpenCV's users write: blue, green, red."""
+    write_synthia(tmp_path)
+    for path in (tmp_path / "RAND_CITYSCAPES/GT/LABELS").iterdir():
+        label = common.read_synthia_label(path)
+        write_png16(path, np.stack([label * 0, label * 0, label], 2))
+    shares, found = looks(capsys, Synthia(tmp_path))
+    assert "0.0 % of the pixels labelled" in shares
+    assert "0 (100.0 %)" in found[0] and "SYNTHIA ids in the first of three 16-bit channels" in found[1]
 
 
 def test_a_checkpoint_cannot_execute_code(tmp_path):
@@ -960,18 +1089,19 @@ def test_a_checkpoint_cannot_execute_code(tmp_path):
 
 def test_models_travel_through_checkpoints(tmp_path):
     run, model = common.Run("drsl", settings(out=str(tmp_path), toy_world=2)), DeepLabV2(16, "resnet18")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     run.save("m.pt", 0, model)
     saved = common.read_checkpoint(tmp_path / "m.pt")
-    assert (saved["method"], saved["toy_world"], saved["size"]) == ("drsl", 2, [32, 64])
+    assert (saved["method"], saved["toy_world"], saved["size"], saved["network"]) == ("drsl", 2, [32, 64], "DeepLabV2")
     again = common.unpack_model(saved, "m.pt")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     with pytest.raises(InputError, match="m.pt.*resnet50"):
         common.unpack_model({**saved, "backbone": "resnet50"}, "m.pt")
-    for nonsense in ({"state": 1}, [1], {**saved, "size": [-3, "x"]}, {**saved, "classes": ["road"]},
+    for nonsense in ({"state": 1}, [1], {**saved, "classes": ["road"]}, {**saved, "classes": 3},
                      {**saved, "source": 7}):
         with pytest.raises(InputError, match="m.pt.*not a checkpoint of this project"):
             common.unpack_model(nonsense, "m.pt")
+    with pytest.raises(InputError, match="m.pt: holds the network ProDANetwork of cpsl.py, expected DeepLabV2"):
+        common.unpack_model({**saved, "method": "cpsl", "network": "ProDANetwork"}, "m.pt")
     saved["model"]["classifier.0.bias"][0] = math.nan
     with pytest.raises(InputError, match="m.pt: holds weights that are not finite"):
         common.unpack_model(saved, "m.pt")
@@ -981,94 +1111,7 @@ def test_panel_has_a_column_per_title(tmp_path):
     rows = [[Image.new("RGB", (16, 8), (i * 40, 0, 0)) for i in range(3)] for _ in range(2)]
     common.draw_panel(tmp_path / "panel.png", ["image", "truth", "model"], rows, width=32)
     sheet = Image.open(tmp_path / "panel.png")
-    assert sheet.size == (3 * 36 - 4, 16 + 2 * 20 - 4) and sheet.getpixel((36 + 5, 25)) == (40, 0, 0)
-
-
-# ------------------------------------------------------- FCN8s -------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(512, 1024), (720, 1280), (760, 1280), (80, 160), (33, 47)])
-def test_fcn8s_gives_logits_of_the_input_size(size):
-    with torch.device("meta"):  # shapes only
-        features, logits = common.build_network(19, "vgg16-fcn8s").eval()(torch.empty(2, 3, *size))
-    assert logits.shape == (2, 19, *size)
-    assert features.shape == (2, 4096, -(-size[0] // 32), -(-size[1] // 32))
-
-
-@pytest.fixture(scope="module")
-def fcn8s():
-    torch.manual_seed(0)
-    model = common.FCN8s(3).eval()
-    for score in model.classifier:  # which start at zero
-        assert score.weight.abs().sum() == score.bias.abs().sum() == 0
-        torch.nn.init.normal_(score.weight)
-        torch.nn.init.normal_(score.bias)
-    return model
-
-
-def test_fcn8s_against_its_description(fcn8s):
-    """The network again as a functional chain: VGG16's layers, fc6 as a 7x7 convolution, scores, upsampling, crops."""
-    image = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
-    convs = [m for stage in fcn8s.backbone for m in stage if isinstance(m, torch.nn.Conv2d)]
-    assert len(convs) == 15 and sum(isinstance(m, torch.nn.Dropout2d) for m in fcn8s.modules()) == 2
-    x, pools = F.pad(image, (99, 99, 99, 99)), []  # and one more by the first convolution's own padding
-    for i, conv in enumerate(convs[:13]):
-        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
-        if i in (1, 3, 6, 9, 12):
-            x = F.max_pool2d(x, 2, ceil_mode=True)
-            pools.append(x)
-    for conv in convs[13:]:
-        x = F.conv2d(x, conv.weight, conv.bias).relu()
-
-    def enlarged(score, factor):  # bilinear kernel by its definition, one channel at a time
-        k = torch.tensor(
-            [
-                [(1 - abs(i + 0.5 - factor) / factor) * (1 - abs(j + 0.5 - factor) / factor) for j in range(2 * factor)]
-                for i in range(2 * factor)
-            ]
-        )[None, None]
-        return torch.cat([F.conv_transpose2d(score[:, c:c + 1], k, stride=factor) for c in range(3)], 1)
-
-    with torch.no_grad():
-        one, two, three = (
-            F.conv2d(x, s.weight, s.bias) for x, s in zip((pools[2] * 0.0058, pools[3] * 0.58, x), fcn8s.classifier)
-        )
-        up = enlarged(three, 2)
-        up = enlarged(up + two[:, :, 5:, 5:][:, :, :up.shape[2], :up.shape[3]], 2)
-        up = enlarged(up + one[:, :, 9:, 9:][:, :, :up.shape[2], :up.shape[3]], 8)
-        torch.testing.assert_close(fcn8s(image)[1], up[:, :, 31:55, 31:71], rtol=1e-4, atol=1e-4)
-
-
-def test_fcn8s_takes_fc6_and_fc7_from_the_classifier(monkeypatch):
-    import torchvision
-
-    torch.manual_seed(0)
-    vgg = torchvision.models.vgg16().eval()
-    monkeypatch.setattr(common, "torchvision_network", lambda *_: vgg)
-    pool5 = torch.randn(1, 512, 7, 7)
-    with torch.no_grad():
-        expected = vgg.classifier[:5](pool5.flatten(1))  # linear, ReLU, dropout (off), linear, ReLU
-        top = common.FCN8s(2).eval().backbone[2][7:]  # behind pool5
-        torch.testing.assert_close(top(pool5)[:, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_fcn8s_trains_everything_but_the_upsampling(fcn8s):
-    assert (
-        all(not p.requires_grad for p in fcn8s.upsampling.parameters())
-        and len(list(fcn8s.upsampling.parameters())) == 3
-    )
-    trained = {id(p) for part in (fcn8s.backbone, fcn8s.classifier) for p in part.parameters()}
-    assert trained == {id(p) for p in fcn8s.parameters() if p.requires_grad}
-    fcn8s(torch.randn(1, 3, 16, 16))[1].square().sum().backward()
-    assert (
-        all(score.weight.grad.abs().sum() > 0 for score in fcn8s.classifier)
-        and fcn8s.backbone[0][0].weight.grad.abs().sum() > 0
-    )
-    for layer in fcn8s.upsampling:  # inside, bilinear enlargement keeps a constant
-        k = layer.kernel_size[0]
-        inside = layer(torch.ones(1, 3, 6, 6))[:, :, k:-k, k:-k]
-        torch.testing.assert_close(inside, torch.ones(1, 3, inside.shape[2], inside.shape[2]))
-        assert inside.numel() > 0
+    assert sheet.size == (3 * 36 - 4, 22 + 2 * 20 - 4) and sheet.getpixel((36 + 5, 31)) == (40, 0, 0)
 
 
 def test_dropout_resumes_where_it_stopped(tmp_path):
@@ -1076,7 +1119,6 @@ def test_dropout_resumes_where_it_stopped(tmp_path):
     model = DeepLabV2(16, "resnet18")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = common.Run("drsl", settings(out=str(tmp_path)))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     dropped = lambda: torch.nn.functional.dropout(torch.ones(50))
     torch.manual_seed(3)
     dropped()
@@ -1095,6 +1137,6 @@ def test_dropout_resumes_where_it_stopped(tmp_path):
 
 def test_augmentation_without_scaling_keeps_every_pixel():
     label = torch.arange(32 * 64).view(32, 64).remainder(250).byte()
-    augment = common.training_augment(settings(), jitter=0.0)
+    augment = common.training_augment(settings())
     seen = {tuple(augment(label[None].expand(3, -1, -1), label)[1].flatten().tolist()) for _ in range(20)}
     assert seen == {tuple(label.flatten().tolist()), tuple(label.flip(1).flatten().tolist())}

@@ -1,13 +1,9 @@
-"""drsl.py: every equation against an independent computation, every wire of a training step and of main().
-
-Property names such as P-M1 count through what a mode head on the unit sphere must obey; the numbers are closed forms.
-"""
+"""drsl.py: every equation against an independent computation, every wire of a training step and of main()."""
 
 import argparse
 import copy
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -19,13 +15,13 @@ from PIL import Image
 from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
                      trained_alike)
 from torch import nn
-from trees import write_cityscapes, write_gta5, write_synthia
+from trees import write_cityscapes, write_synthia
 
 import common
 import drsl
 from drsl import (ModeHead, assign_modes, balanced_assignment, balanced_labels, class_thresholds, effective_modes,
                   kmeans_modes, margin_loss, mode_cross_entropy, nearest_modes, own_class, own_mode_cross_entropy,
-                  pseudo_labels, segmentation_loss, stochastic_mode_alignment)
+                  pseudo_labels, stochastic_mode_alignment)
 
 C, K, E = 19, 3, 256
 
@@ -48,95 +44,62 @@ def labels(n, seed=1, classes=C):
     return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def settings(**changed):
-    """What parse_args() gives without any flag, but for `changed`."""
-    before, sys.argv = sys.argv, ["drsl.py", "--device", "cpu", "--precision", "fp32"]
-    args = drsl.parse_args()
-    sys.argv = before
+def settings(*flags, **changed):
+    """What parse_args() gives with these flags, but for `changed`."""
+    before, sys.argv = sys.argv, ["drsl.py", "--device", "cpu", *map(str, flags)]
+    try:
+        args = drsl.parse_args()
+    finally:
+        sys.argv = before
     assert changed.keys() <= vars(args).keys()
     return argparse.Namespace(**{**vars(args), **changed})
 
 
-# --------------------------------------------------- the mode head ----------------------------------------------------
+# ----------------------------------------------- the mode head and its losses ----------------------------------------
 
 
 def test_head_gives_unit_embeddings_and_the_distances_of_the_definition():
     head = ModeHead(32, 5, modes=2, embedding=16)
-    e = head(torch.randn(2, 32, 3, 4))
-    assert e.shape == (2, 16, 3, 4)
+    e, d2 = head(torch.randn(2, 32, 3, 4), distances=True)
+    assert e.shape == (2, 16, 3, 4) and d2.shape == (24, 5, 2)
     torch.testing.assert_close(e.norm(dim=1), torch.ones(2, 3, 4))
     pixels = common.as_pixels(e)
     with torch.no_grad():
         head.representatives.mul_(7)  # normalised on use: their length must not matter
-    expected = distances(pixels.double(), F.normalize(head.representatives.double(), dim=2))
-    d2 = head.squared_distances(pixels)
-    assert d2.shape == (24, 5, 2)
-    torch.testing.assert_close(d2.double(), expected, atol=1e-5, rtol=0)
-    own = F.normalize(head.representatives, dim=2).flatten(0, 1)
-    assert (head.squared_distances(own) >= 0).all()  # 2 - 2 cos is clamped
+    R = F.normalize(head.representatives, dim=2)
+    torch.testing.assert_close(d2.double(), distances(pixels.double(), R.double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.squared_distances(pixels), d2)
+    assert (head.squared_distances(R.flatten(0, 1)) >= 0).all()  # 2 - 2 cos is clamped
 
 
-def test_pixels_and_labels_flatten_in_the_same_order():
-    maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()
-    assert common.as_pixels(maps)[1 * 20 + 2 * 5 + 3].tolist() == maps[1, :, 2, 3].tolist()
-
-
-# ---------------------------------------------------- margin loss -----------------------------------------------------
-
-
-def test_margin_against_a_loop():
-    e, R, y = unit(40, E), unit(C, K, E, seed=2), labels(40)
+def test_mode_losses_against_loops():
+    """DRSL-3 to -6 and -18 by the letter, with pixels to ignore and with given modes."""
+    d2, y, m = distances(unit(40, E), unit(C, K, E, seed=2)), labels(40), labels(40, seed=3, classes=K)
     y[::7] = 255
-    terms = []
+    margin, given, posterior, own = [], [], [], []
     for i in range(40):
         if y[i] != 255:
-            own = min((e[i] - R[y[i], k]).square().sum().item() for k in range(K))
-            other = min((e[i] - R[c, k]).square().sum().item() for c in range(C) for k in range(K) if c != y[i])
-            terms.append(max(0.0, own - other + 0.5))
-    assert margin_loss(distances(e, R), y, 0.5).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+            d = d2[i].tolist()
+            other = min(d[c][k] for c in range(C) for k in range(K) if c != y[i])
+            margin.append(max(0.0, min(d[y[i]]) - other + 0.5))
+            given.append(max(0.0, d[y[i]][m[i]] - other + 0.5))
+            p = [[math.exp(-d[c][k] / (2 * 0.3**2)) for k in range(K)] for c in range(C)]
+            posterior.append(-math.log(sum(p[y[i]]) / sum(map(sum, p))))
+            own.append(-math.log(p[y[i]][m[i]] / sum(p[y[i]])))
+    mean = lambda terms: pytest.approx(sum(terms) / len(terms), abs=1e-12)
+    assert margin_loss(d2, y, 0.5).item() == mean(margin) and margin_loss(d2, y, 0.5, m).item() == mean(given)
+    assert mode_cross_entropy(d2, y, 0.3).item() == mean(posterior)
+    assert own_mode_cross_entropy(d2, y, m, 0.3).item() == mean(own)
+    assert own_mode_cross_entropy(d2[:, :, :1], y, 0 * m, 0.3).item() == 0  # K = 1: nothing to choose
 
 
-def test_margin_of_equal_modes_is_alpha():  # P-M1
-    R = unit(1, E).expand(C, K, E)
-    assert margin_loss(distances(unit(50, E, seed=3), R), labels(50), 0.7).item() == pytest.approx(0.7, abs=1e-12)
-
-
-@pytest.mark.parametrize("alpha, expected", [(0.5, 0.0), (2.0, 0.0), (3.0, 1.0)])  # P-M2
-def test_margin_on_an_own_mode(alpha, expected):
+@pytest.mark.parametrize("y, alpha, expected", [(4, 0.5, 0.0), (4, 2.0, 0.0), (4, 3.0, 1.0), (3, 0.5, 2.5)])
+def test_margin_on_an_own_mode_and_on_an_impostor(y, alpha, expected):
     R = orthogonal_modes()
-    assert margin_loss(distances(R[4, 1][None], R), torch.tensor([4]), alpha).item() == pytest.approx(expected)
+    assert margin_loss(distances(R[4, 1][None], R), torch.tensor([y]), alpha).item() == pytest.approx(expected)
 
 
-def test_margin_on_an_impostor_mode():  # P-M3
-    R = orthogonal_modes()
-    assert margin_loss(distances(R[4, 1][None], R), torch.tensor([3]), 0.5).item() == pytest.approx(2.5)
-
-
-def test_margin_range():  # P-M4
-    e, R, y = unit(200, E), unit(C, K, E, seed=2), labels(200)
-    each = torch.stack([margin_loss(distances(e[i:i + 1], R), y[i:i + 1], 0.5) for i in range(200)])
-    assert 0 <= each.min() and each.max() <= 4.5
-    opposite = torch.stack([-e[0].expand(K, E), e[0].expand(K, E)])
-    assert margin_loss(distances(e[:1], opposite), torch.tensor([0]), 0.5).item() == pytest.approx(4.5)
-
-
-def test_margin_invariances():  # P-M5
-    e, R, y = unit(60, E), unit(C, K, E, seed=2), labels(60)
-    value = margin_loss(distances(e, R), y, 0.5).item()
-    turn, _ = torch.linalg.qr(torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-    assert margin_loss(distances(e, R[:, [2, 0, 1]]), y, 0.5).item() == pytest.approx(value)
-    assert margin_loss(distances(e @ turn, R @ turn), y, 0.5).item() == pytest.approx(value)
-    one = R[:, :1]
-    single = margin_loss(distances(e, one), y, 0.5).item()
-    assert margin_loss(distances(e, one.expand(C, K, E)), y, 0.5).item() == pytest.approx(single)
-
-
-def test_margin_of_random_vectors():  # P-M6: above alpha, because 54 impostors come nearer than 3 own modes
-    value = margin_loss(distances(unit(4000, E), unit(C, K, E, seed=2)), labels(4000), 0.5).item()
-    assert value == pytest.approx(0.68, abs=0.02)
-
-
-def test_margin_gradient_reaches_two_modes_and_does_not_depend_on_e():  # P-M7, P-M8
+def test_margin_gradient_reaches_two_modes_and_does_not_depend_on_e():
     e, R = unit(1, E).requires_grad_(), unit(C, K, E, seed=2).requires_grad_()
     d2, y = distances(e, R), torch.tensor([6])
     margin_loss(d2, y, 3.0).backward()  # alpha 3: surely active
@@ -145,140 +108,15 @@ def test_margin_gradient_reaches_two_modes_and_does_not_depend_on_e():  # P-M7, 
     masked[6] = math.inf
     c, k = divmod(masked.argmin().item(), K)
     torch.testing.assert_close(e.grad[0], 2 * (R[c, k] - R[6, own]).detach())
-    torch.testing.assert_close(R.grad[6, own], (-2 * (e[0] - R[6, own])).detach())
-    torch.testing.assert_close(R.grad[c, k], (2 * (e[0] - R[c, k])).detach())
-    assert (R.grad.abs().sum(2) > 0).sum() == 2  # every other mode: exactly nothing
-
-    e.grad = None
-    own_mode = orthogonal_modes()
-    at = own_mode[4, 1][None].clone().requires_grad_()
-    margin_loss(distances(at, own_mode), torch.tensor([4]), 0.5).backward()
-    assert at.grad.abs().max() == 0  # inactive
+    assert [(i, j) for i, j in (R.grad.abs().sum(2) > 0).nonzero().tolist()] == sorted([(6, own), (c, k)])
 
 
-def test_margin_towards_a_given_mode():
-    d2, y, m = distances(unit(40, E), unit(C, K, E, seed=2)), labels(40), labels(40, seed=3, classes=K)
-    y[::7] = 255
-    terms = []
-    for i in range(40):
-        if y[i] != 255:
-            other = min(d2[i, c, k].item() for c in range(C) for k in range(K) if c != y[i])
-            terms.append(max(0.0, d2[i, y[i], m[i]].item() - other + 0.5))
-    assert margin_loss(d2, y, 0.5, m).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
-    d2 = d2[:1].requires_grad_()
-    margin_loss(d2, torch.tensor([6]), 3.0, torch.tensor([2])).backward()
-    assert d2.grad[0, 6].tolist() == [0, 0, 1] and d2.grad.sum() == 0  # the given mode, nearest or not
-
-
-@pytest.mark.parametrize("modes, solved", [(1, False), (2, True), (3, True)])
-@pytest.mark.parametrize("seed", range(4))
-def test_margin_learns_xor_only_with_several_modes(modes, solved, seed):  # P-M9
-    g = torch.Generator().manual_seed(seed)
-    centres = torch.tensor([[1.5, 1.5], [-1.5, -1.5], [1.5, -1.5], [-1.5, 1.5]])
-    points = (centres[:, None] + 0.25 * torch.randn(4, 100, 2, generator=g)).flatten(0, 1)
-    y = torch.tensor([0, 0, 1, 1]).repeat_interleave(100)
-    R = (0.1 * torch.randn(2, modes, 2, generator=g)).requires_grad_()
-    for _ in range(400):
-        loss = margin_loss(distances(points, R), y, 1.0)
-        R.data -= 0.2 * torch.autograd.grad(loss, R)[0]
-    accuracy = (distances(points, R).min(2).values.argmin(1) == y).float().mean().item()
-    if solved:
-        assert accuracy == 1.0 and loss.item() < 1e-6
-    else:
-        assert accuracy <= 0.75 and loss.item() == pytest.approx(1, abs=0.02)
-
-
-# ------------------------------------------------- mode cross-entropy -------------------------------------------------
-
-
-def test_mode_cross_entropy_against_a_loop():
-    d2, y = distances(unit(30, E), unit(C, K, E, seed=2)), labels(30)
-    y[::4] = 255
-    terms = []
-    for i in range(30):
-        if y[i] != 255:
-            p = [[math.exp(-d2[i, c, k].item() / (2 * 0.3**2)) for k in range(K)] for c in range(C)]
-            terms.append(-math.log(sum(p[y[i]]) / sum(map(sum, p))))
-    assert mode_cross_entropy(d2, y, 0.3).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
-
-
-@pytest.mark.parametrize("classes, expected", [(19, 2.944439), (16, 2.772589)])  # P-C1
-def test_mode_cross_entropy_of_equal_modes(classes, expected):
-    R = unit(1, E).expand(classes, K, E)
-    value = mode_cross_entropy(distances(unit(9, E, seed=3), R), labels(9, classes=classes), 0.3)
-    assert value.item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("sigma, expected", [  # P-C2
-    (0.5, {1: 0.28494, 3: 0.66993, 5: 0.93054}),
-    (0.3, {1: 2.7e-4, 3: 8.1e-4, 5: 1.34e-3}),
-    (1.0, {1: 2.031, 3: 2.521, 5: 2.667}),
-])
-def test_mode_cross_entropy_on_an_own_mode(sigma, expected):
-    for modes, value in expected.items():
-        R = orthogonal_modes(modes=modes)
-        loss = mode_cross_entropy(distances(R[2, 0][None], R), torch.tensor([2]), sigma).item()
-        assert loss == pytest.approx(value, rel=5e-3 if value < 0.01 else 3e-4)
-        tiny = math.exp(-1 / sigma**2)
-        assert loss == pytest.approx(-math.log((1 + (modes - 1) * tiny) / (1 + (C * modes - 1) * tiny)), abs=1e-12)
-
-
-def test_mode_cross_entropy_limits_of_sigma():  # P-C3
-    e, R = unit(50, E), unit(C, K, E, seed=2)
-    d2 = distances(e, R)
-    for c in range(C):  # every class as likely as any other
-        each = [math.exp(-mode_cross_entropy(d2[i:i + 1], torch.tensor([c]), 100.0).item()) for i in range(5)]
-        assert max(abs(P - 1 / C) for P in each) <= 7e-6
-    nearest = d2.min(2).values.argmin(1)
-    for i in range(50):  # the likeliest class is that of the nearest mode
-        each = torch.stack([mode_cross_entropy(d2[i:i + 1], torch.tensor([c]), 0.02) for c in range(C)])
-        assert each.argmin() == nearest[i]
-    assert mode_cross_entropy(d2, nearest, 0.02).item() < 0.3
-    assert mode_cross_entropy(d2, (nearest + 1) % C, 0.02).item() > 3
-
-
-def test_mode_cross_entropy_is_a_cosine_softmax():  # P-C4: temperature sigma^2
-    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
-    cosine = torch.einsum("ne,cke->nck", e, R) / 0.3**2
-    expected = F.cross_entropy(cosine.logsumexp(2), y)
-    torch.testing.assert_close(mode_cross_entropy(distances(e, R), y, 0.3), expected)
-
-
-def test_mode_cross_entropy_invariances():  # P-C5, P-C7
-    e, R, y = unit(50, E), unit(C, K, E, seed=2), labels(50)
-    d2 = distances(e, R)
-    value = mode_cross_entropy(d2, y, 0.3).item()
-    assert mode_cross_entropy(d2[:, :, [1, 2, 0]], y, 0.3).item() == pytest.approx(value)
-    assert mode_cross_entropy(d2 + 1.7, y, 0.3).item() == pytest.approx(value)
-    turn, _ = torch.linalg.qr(torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-    assert mode_cross_entropy(distances(e @ turn, R @ turn), y, 0.3).item() == pytest.approx(value)
-    one = d2[:, :, :1]
-    single = mode_cross_entropy(one, y, 0.3).item()
-    assert mode_cross_entropy(one.expand(-1, -1, K), y, 0.3).item() == pytest.approx(single)
-    each = sum(math.exp(-mode_cross_entropy(d2[:1], torch.tensor([c]), 0.3).item()) for c in range(C))
-    assert each == pytest.approx(1.0)  # the posterior sums to 1
-
-
-def test_mode_cross_entropy_pulls_to_own_modes():
-    e, R = unit(1, E).requires_grad_(), unit(C, K, E, seed=2)
-    before = distances(e, R)
-    mode_cross_entropy(before, torch.tensor([5]), 0.3).backward()
-    after = distances(F.normalize(e.detach() - 0.1 * e.grad, dim=1), R)
-    assert after[0, 5].min() < before[0, 5].min()
-
-
-def test_own_mode_cross_entropy_against_a_loop():
-    d2, y, m = distances(unit(30, E), unit(C, K, E, seed=2)), labels(30), labels(30, seed=3, classes=K)
-    y[::4] = 255
-    terms = []
-    for i in range(30):
-        if y[i] != 255:
-            p = [math.exp(-d2[i, y[i], k].item() / (2 * 0.3**2)) for k in range(K)]
-            terms.append(-math.log(p[m[i]] / sum(p)))
-    assert own_mode_cross_entropy(d2, y, m, 0.3).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
-    equal = torch.ones(9, C, K, dtype=torch.float64)
-    assert own_mode_cross_entropy(equal, labels(9), m[:9], 0.3).item() == pytest.approx(math.log(K))
-    assert own_mode_cross_entropy(d2[:, :, :1], y, 0 * m, 0.3).item() == 0  # K = 1: nothing to choose
+@pytest.mark.parametrize("sigma, expected", [(0.5, 0.66993), (0.3, 8.1e-4)])
+def test_how_low_the_mode_cross_entropy_can_go(sigma, expected):
+    """On an own mode, with orthogonal modes: the reason for sigma 0.3."""
+    R = orthogonal_modes()
+    loss = mode_cross_entropy(distances(R[2, 0][None], R), torch.tensor([2]), sigma).item()
+    assert loss == pytest.approx(expected, rel=5e-3)
 
 
 def test_own_mode_cross_entropy_moves_only_the_own_class():
@@ -288,46 +126,27 @@ def test_own_mode_cross_entropy_moves_only_the_own_class():
     assert (d2.grad != 0).sum() == K
 
 
-@pytest.mark.parametrize("loss", [lambda d2, y: margin_loss(d2, y, 0.5), lambda d2, y: mode_cross_entropy(d2, y, 0.3),
-                                  lambda d2, y: own_mode_cross_entropy(d2, y, 0 * y % 3, 0.3)])
-@pytest.mark.parametrize("n, y", [(0, []), (3, [255, 255, 255]), (1, [2])])
-def test_mode_losses_over_nothing_are_a_connected_zero(loss, n, y):
-    d2 = torch.rand(n, C, K, requires_grad=True)
-    value = loss(d2, torch.tensor(y, dtype=torch.long))
-    value.backward()
-    assert torch.isfinite(value) and d2.grad is not None and torch.isfinite(d2.grad).all()
-    if n != 1:
-        assert value.item() == 0 and d2.grad.abs().sum() == 0
-
-
-def test_mode_losses_with_a_single_class_are_zero_without_nan():
-    d2 = torch.rand(4, 1, K, requires_grad=True)
-    y = torch.zeros(4, dtype=torch.long)
-    value = margin_loss(d2, y, 0.5) + mode_cross_entropy(d2, y, 0.3)
-    value.backward()
-    assert value.item() == 0 and torch.isfinite(d2.grad).all()
+@pytest.mark.parametrize("n, classes, y", [(0, C, []), (3, C, [255, 255, 255]), (3, 1, [0, 0, 0])])
+def test_mode_losses_over_nothing_are_a_connected_zero(n, classes, y):
+    """No pixel, no valid pixel; no other class."""
+    y = torch.tensor(y, dtype=torch.long)
+    for loss in (lambda d2: margin_loss(d2, y, 0.5), lambda d2: mode_cross_entropy(d2, y, 0.3),
+                 lambda d2: own_mode_cross_entropy(d2[:, :, :1], y, 0 * y, 0.3)):
+        d2 = torch.rand(n, classes, K, requires_grad=True)
+        value = loss(d2)
+        value.backward()
+        assert value.item() == 0 and torch.isfinite(d2.grad).all()
 
 
 # -------------------------------------------------- mode assignment ---------------------------------------------------
 
 
-def test_assignment_is_the_argmin_inside_the_own_class():
+def test_assignment_is_the_argmin_inside_the_own_class_or_over_all():
     d2, y = torch.rand(50, C, K), labels(50)
     y[3] = 255
-    m = assign_modes(d2, y)
+    m, (c, k) = assign_modes(d2, y), nearest_modes(d2)
     assert all(m[i] == d2[i, y[i]].argmin() for i in range(50) if y[i] != 255)
-    others = torch.rand(50, C, K)  # P-Q4: other classes' distances never matter
-    others[torch.arange(50), y.clamp(max=C - 1)] = d2[torch.arange(50), y.clamp(max=C - 1)]
-    keep = y != 255
-    assert torch.equal(assign_modes(others, y)[keep], m[keep])
-    assert assign_modes(d2[:, :, :1], y).eq(0).all()  # P-Q3
-
-
-def test_nearest_of_all_modes():
-    d2 = torch.rand(50, C, K)
-    c, k = nearest_modes(d2)
-    for i in range(50):
-        assert min((d2[i, a, b].item(), a, b) for a in range(C) for b in range(K)) == (d2[i].min().item(), c[i], k[i])
+    assert all(d2[i, c[i], k[i]] == d2[i].min() for i in range(50))
 
 
 def sinkhorn(d2, epsilon, iterations):
@@ -341,7 +160,7 @@ def sinkhorn(d2, epsilon, iterations):
     return torch.tensor(q, dtype=torch.float64)
 
 
-def test_balanced_assignment_is_sinkhorn_inside_every_class():  # DRSL-17
+def test_balanced_assignment_is_sinkhorn_inside_every_class():
     own, y = distances(unit(60, 8), unit(1, K, 8, seed=2))[:, 0], labels(60, classes=4)
     y[::6], y[y == 2] = 255, 1  # nobody in class 2
     for epsilon, iterations in ((0.05, 3), (0.5, 1), (0.2, 7)):
@@ -352,134 +171,61 @@ def test_balanced_assignment_is_sinkhorn_inside_every_class():  # DRSL-17
     torch.testing.assert_close(balanced_assignment(own, y, 5), balanced_assignment(own, y, 5, 0.05, 3))
 
 
-def test_balanced_assignment_shares_every_class_out_evenly():
-    """Where all pixels are nearest to one mode, and in every class to another one."""
-    own, y = torch.rand(400, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), labels(400, classes=4)
-    own[torch.arange(400), y % K] -= 1.0
-    q = balanced_assignment(own, y, 4, epsilon=0.05, iterations=100)
+def test_balanced_assignment_keeps_modes_alive():
+    """Every pixel of a class is nearest to one mode, in every class to another one: DRSL-8 has one mode a class."""
+    g = torch.Generator().manual_seed(0)
+    y, own = labels(400, classes=4), torch.rand(400, K, dtype=torch.float64, generator=g)
+    near = 0.1 * own
+    near[torch.arange(400), y % K] -= 0.1
+    q, nearest = balanced_assignment(near, y, 4), near.argmin(1)
+    for c in range(4):
+        counts = [torch.bincount(m[y == c], minlength=K)[None] for m in (q.argmax(1), nearest)]
+        assert effective_modes(counts[0]) > 2.5 and effective_modes(counts[1]) < 1.5
+    own[torch.arange(400), y % K] -= 1
+    q = balanced_assignment(own, y, 4, iterations=100)  # modes far apart take more rounds
     for c in range(4):
         torch.testing.assert_close(q[y == c].mean(0), torch.full((K,), 1 / K, dtype=torch.float64), atol=1e-3, rtol=0)
-        assert (own[y == c].argmin(1) == c % K).float().mean() > 0.95
-        assert (torch.bincount(q[y == c].argmax(1), minlength=K) > 0.25 * (y == c).sum()).all()
-    torch.testing.assert_close(q.sum(1), torch.ones(400, dtype=torch.float64))  # P-Q1
 
 
 def test_balanced_assignment_of_separate_modes_is_the_nearest():
     own = torch.tensor([[0.0, 1, 1], [1, 0, 1], [1, 1, 0]]).repeat(5, 1)
     assert torch.equal(balanced_assignment(own, torch.zeros(15, dtype=torch.long), 1).argmax(1), own.argmin(1))
-    equal = balanced_assignment(torch.ones(6, K), torch.zeros(6, dtype=torch.long), 1)
-    torch.testing.assert_close(equal, torch.full((6, K), 1 / K))
     assert balanced_assignment(torch.rand(7, 1), labels(7), C).eq(1).all()  # K = 1
     far = balanced_assignment(torch.tensor([[0.0, 4.0, 4.0]]).repeat(9, 1), torch.zeros(9, dtype=torch.long), 1)
     assert torch.isfinite(far).all()  # exp(-80) is still a float
-
-
-def test_classes_are_balanced_apart():
-    """What other classes' pixels say never changes an assignment."""
-    own, y = torch.rand(60, K), labels(60, classes=2)
-    other = torch.where(y[:, None] == 0, own, torch.rand(60, K))
-    torch.testing.assert_close(balanced_assignment(own, y, 2)[y == 0], balanced_assignment(other, y, 2)[y == 0])
-
-
-def test_assignments_carry_no_gradient_and_take_nothing():
-    d2 = torch.rand(4, C, K, requires_grad=True)
-    assert not assign_modes(d2, labels(4)).requires_grad
-    assert not balanced_assignment(own_class(d2, labels(4)), labels(4), C).requires_grad
-    empty = torch.zeros(0, dtype=torch.long)
-    assert len(assign_modes(torch.rand(0, C, K), empty)) == 0 and len(nearest_modes(torch.rand(0, C, K))[0]) == 0
-    assert balanced_assignment(torch.rand(0, K), empty, C).shape == (0, K)
     void = balanced_assignment(torch.rand(3, K), torch.full((3,), 255), C)
-    assert torch.isfinite(void).all()
+    assert torch.isfinite(void).all() and balanced_assignment(torch.rand(0, K), labels(0), C).shape == (0, K)
+    assert not balanced_assignment(torch.rand(7, K, requires_grad=True), labels(7), C).requires_grad
 
 
-def test_effective_modes():  # DRSL-20
+def test_effective_modes():
     counts = torch.tensor([[5, 0, 0], [4, 4, 4], [2, 2, 0], [0, 0, 0], [55, 30, 15]])
     one, three, two, nan, skew = effective_modes(counts).tolist()
     assert (one, three, two) == pytest.approx((1, 3, 2)) and math.isnan(nan)
     assert skew == pytest.approx(math.exp(-sum(s * math.log(s) for s in (0.55, 0.3, 0.15))))
 
 
-def looks(classes=4, modes=3, dim=16, seed=0):
-    """Centres (C, K, D) of features: every class has looks that are nearer to one another than to other classes."""
-    g = torch.Generator().manual_seed(seed)
-    base = 1.5 * torch.randn(classes, 1, dim, generator=g)
-    return base + torch.randn(classes, modes, dim, generator=g), g
-
-
-def draw_looks(centres, shares, g, n):
-    """n maps (n, D, 12, 12) of features with labels and looks (n, 12, 12), whose looks have the given shares."""
-    classes, _, dim = centres.shape
-    y = torch.randint(0, classes, (n, 12, 12), generator=g)
-    look = torch.multinomial(torch.tensor(shares), y.numel(), replacement=True, generator=g).view_as(y)
-    x = centres[y, look] + 0.5 * torch.randn(n, 12, 12, dim, generator=g)
-    return x.permute(0, 3, 1, 2).contiguous(), y, look
-
-
-def test_balanced_modes_live_and_find_the_looks_and_others_die():
-    """The abstract's premise: what is common in one domain is rare in the other, and every class is multi-modal."""
-    alive, purity = {}, {}
-    for balance in (True, False):
-        centres, g = looks()
-        torch.manual_seed(0)
-        head, scores = ModeHead(16, 4, modes=3, embedding=16), nn.Conv2d(16, 4, 1)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-        args = settings(balance=balance, pixels=64)
-        for _ in range(120):
-            (x_s, y_s, _), (x_t, y_t, _) = (draw_looks(centres, s, g, 2) for s in ((.55, .3, .15), (.15, .3, .55)))
-            terms = drsl.step_losses(lambda x: (x, scores(x)), head, (x_s, y_s), (x_t, y_t), args, g)
-            optimizer.zero_grad()
-            (0.3 * (terms["mm_s"] + terms["mm_t"]) + terms["sma"]).backward()
-            optimizer.step()
-        x, y, look = draw_looks(centres, (.55, .3, .15), g, 10)
-        with torch.no_grad():
-            m = assign_modes(head(x, distances=True)[1], y.flatten())
-        joint = torch.zeros(4, 3, 3).index_put((y.flatten(), look.flatten(), m), torch.ones(()), accumulate=True)
-        alive[balance] = effective_modes(joint.sum(1)).mean().item()
-        purity[balance] = (joint.amax(1).sum() / joint.sum()).item()  # share of pixels of their mode's commonest look
-    assert alive[True] > 2 and alive[False] < 1.6, alive
-    assert purity[True] > 0.85 > purity[False], purity
-
-
 # --------------------------------------------- stochastic mode alignment ----------------------------------------------
 
 
-def both(e_s, e_t, y_s=None, m_s=None, y_t=None, m_t=None, **options):
-    zeros = lambda e: torch.zeros(len(e), dtype=torch.long)
+def both(e_s, e_t, y_s=None, m_s=None, y_t=None, m_t=None, shape=(2, 3), **options):
+    zeros = lambda e: torch.zeros(len(e), dtype=torch.long, device=e.device)
     return stochastic_mode_alignment(e_s, zeros(e_s) if y_s is None else y_s, zeros(e_s) if m_s is None else m_s,
                                      e_t, zeros(e_t) if y_t is None else y_t, zeros(e_t) if m_t is None else m_t,
-                                     **options)
+                                     shape=shape, **options)
 
 
-def test_alignment_hand_values():  # P-S1
-    a, b = torch.eye(4, dtype=torch.float64)[:1], torch.eye(4, dtype=torch.float64)[1:2]
-    assert both(a, a).item() == 0
-    assert both(a, b).item() == pytest.approx(2)
-    assert both(a, -a).item() == pytest.approx(4)
-
-
-def test_alignment_without_a_shared_mode_is_exactly_zero():  # P-S2
+def test_alignment_without_a_shared_mode_is_exactly_zero():
     e_s, e_t = unit(5, 8).requires_grad_(), unit(5, 8, seed=1).requires_grad_()
     one = torch.ones(5, dtype=torch.long)
     for options in ({"m_t": one}, {"y_t": one}, {"y_t": 255 * one}, {"y_s": 255 * one, "y_t": 255 * one}):
-        for shape in (None, (2, 2)):
-            value = both(e_s, e_t, shape=shape, **options)
-            e_s.grad = e_t.grad = None
-            value.backward()
-            assert value.item() == 0 and e_s.grad.abs().sum() == 0 and e_t.grad.abs().sum() == 0
+        value = both(e_s, e_t, **options)
+        e_s.grad = e_t.grad = None
+        value.backward()
+        assert value.item() == 0 and e_s.grad.abs().sum() == 0 and e_t.grad.abs().sum() == 0
     empty = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
     both(empty, e_t).backward()
     assert both(empty, e_t).item() == 0 and both(e_s, empty).item() == 0
-
-
-def test_alignment_expectation():  # P-S3
-    g = torch.Generator().manual_seed(0)
-    e_s, e_t = unit(50, 8) + 0.5, unit(70, 8, seed=1)
-    e_s = F.normalize(e_s, dim=1)
-    mu_s, mu_t = e_s.mean(0), e_t.mean(0)
-    expected = (mu_s - mu_t).square().sum() + e_s.var(0, correction=0).sum() + e_t.var(0, correction=0).sum()
-    assert expected.item() == pytest.approx((2 - 2 * mu_s @ mu_t).item())
-    draws = torch.stack([both(e_s, e_t, generator=g) for _ in range(1000)])
-    assert draws.mean().item() == pytest.approx(expected.item(), abs=4 * draws.std().item() / 1000**0.5)
 
 
 def test_alignment_is_a_mean_over_shared_modes_not_over_pixels():
@@ -499,16 +245,16 @@ def test_alignment_draws_from_every_shared_mode_of_its_own_and_from_nothing_else
     y_s[y_s == 1] = 0  # nobody in class 1 on the source side
     code = lambda y, m: F.one_hot(torch.where(y == 255, 9, y * modes + m), 10).double().requires_grad_()
     e_s, e_t = code(y_s, m_s), code(y_t, m_t)
-    for shape in (None, (classes, modes), (classes + 3, modes)):
-        assert both(e_s, e_t, y_s, m_s, y_t, m_t, shape=shape).item() == 0
+    for more in (0, 3):  # also with classes that nobody has
+        assert both(e_s, e_t, y_s, m_s, y_t, m_t, shape=(classes + more, modes)).item() == 0
     shifted = 3 * e_t.detach() + 0 * e_s.sum()
-    value = both(e_s, shifted, y_s, m_s, y_t, m_t, pairs=4000)
+    value = both(e_s, shifted, y_s, m_s, y_t, m_t, shape=(classes, modes), pairs=4000)
     assert value.item() == pytest.approx(4)  # |1 - 3|^2 in every pair
     value.backward()
     assert ((e_s.grad.abs().sum(1) > 0) == (y_s != 255)).all()  # every source pixel of a shared mode has been drawn
 
 
-def test_alignment_against_its_own_draws():  # P-S5, and the estimate itself
+def test_alignment_against_its_own_draws():
     """The pixels that were drawn are read off the gradient: with e_t = 0, dL/de_s is 2 (times drawn) e_s / (M |A|)."""
     e_s, e_t = unit(9, 8).requires_grad_(), torch.zeros(7, 8, dtype=torch.float64, requires_grad=True)
     y_s, y_t = torch.tensor([0] * 5 + [1] * 4), torch.tensor([0] * 4 + [1] * 3)  # two shared modes: |A| = 2
@@ -522,21 +268,6 @@ def test_alignment_against_its_own_draws():  # P-S5, and the estimate itself
     assert (counts > 20).all()  # uniform: of 200 draws each of 5 or 4 pixels gets 40 or 50
 
 
-def test_alignment_moves_both_domains():
-    e_s, e_t = unit(5, 8).requires_grad_(), unit(7, 8, seed=1).requires_grad_()
-    both(e_s, e_t).backward()
-    assert e_s.grad.abs().sum() > 0 and e_t.grad.abs().sum() > 0
-
-
-def test_alignment_does_not_depend_on_order_or_direction():  # P-S4
-    e_s, e_t = unit(6, 8), unit(6, 8, seed=1)
-    g, means = torch.Generator().manual_seed(4), []
-    for one, other in ((e_s, e_t), (e_t, e_s), (e_s.flip(0), e_t.roll(2, 0))):
-        draws = torch.stack([both(one, other, generator=g) for _ in range(500)])
-        means.append((draws.mean().item(), draws.std().item() / 500**0.5))
-    assert all(mean == pytest.approx(means[0][0], abs=4 * (means[0][1] + error)) for mean, error in means)
-
-
 def test_alignment_never_reads_a_value():
     """On the device "meta" tensors have no values: what would make a processor wait for its GPU fails."""
     e = torch.zeros(10, 8, device="meta", requires_grad=True)
@@ -544,79 +275,19 @@ def test_alignment_never_reads_a_value():
     m_s, (y_t, m_t) = balanced_assignment(own_class(d2, y), y, C).argmax(1), nearest_modes(d2)
     both(e, e, y, m_s, y_t, m_t, shape=(C, K)).backward()
     assert e.grad.shape == (10, 8)
-    with pytest.raises(RuntimeError):
-        both(e, e, y, m_s, y_t, m_t)  # without the shape it has to look
 
 
-def test_alignment_alone_would_collapse():  # P-S6
-    constant = unit(1, 8).expand(20, 8)
-    assert both(constant, constant).item() == pytest.approx(0, abs=1e-12)
-    R = unit(C, K, 8, seed=2)
-    y = labels(20)
-    spread = R[y, 0]
-    assert mode_cross_entropy(distances(constant, R), y, 0.3) > mode_cross_entropy(distances(spread, R), y, 0.3)
+# --------------------------------------- pseudo-labels, k-means, pixel sampling ---------------------------------------
 
 
-def test_alignment_variance_falls_with_the_number_of_pairs():  # P-S7
-    e_s, e_t = unit(50, 8), unit(70, 8, seed=1)
-    g = torch.Generator().manual_seed(0)
-    spread = {M: torch.stack([both(e_s, e_t, pairs=M, generator=g) for _ in range(600)]).var().item()
-              for M in (16, 64, 256)}
-    assert spread[16] / spread[64] == pytest.approx(4, rel=0.35)
-    assert spread[64] / spread[256] == pytest.approx(4, rel=0.35)
-
-
-# ---------------------------------------------------- segmentation ----------------------------------------------------
-
-
-def test_segmentation_loss():
-    logits = torch.randn(2, C, 5, 6, dtype=torch.float64).float()
-    label = torch.randint(0, C, (2, 33, 41))
-    label[:, :7] = 255
-    up = F.interpolate(logits, (33, 41), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(segmentation_loss(logits, label), F.cross_entropy(up, label, ignore_index=255))
-    ignored = logits.clone()
-    ignored[:, :, 0] += 9  # the first grid row reaches image rows 0 to 7 only
-    far = label.clone()
-    far[:, :8] = 255
-    torch.testing.assert_close(segmentation_loss(ignored, far), segmentation_loss(logits, far))  # P-G6
-    uniform = segmentation_loss(torch.zeros(1, C, 2, 2), torch.zeros(1, 16, 16, dtype=torch.long))  # P-G1
-    assert uniform.item() == pytest.approx(math.log(C))
-    twice = segmentation_loss(logits.repeat(2, 1, 1, 1), label.repeat(2, 1, 1))  # P-G3
-    torch.testing.assert_close(twice, segmentation_loss(logits, label))
-    torch.testing.assert_close(segmentation_loss(logits + 3, label), segmentation_loss(logits, label))  # P-G5
-
-
-def test_segmentation_loss_over_nothing():  # P-G2
-    logits = torch.randn(1, C, 2, 2, requires_grad=True)
-    loss = segmentation_loss(logits, torch.full((1, 16, 16), 255))
-    loss.backward()
-    assert loss.item() == 0 and logits.grad.abs().sum() == 0
-
-
-# --------------------------------------------------- pseudo-labels ----------------------------------------------------
-
-
-@pytest.mark.parametrize("portion, kept", [(0.2, 200), (0.5, 500), (0.29, 290)])  # P-L1
-def test_thresholds_keep_the_asked_portion_of_every_class(portion, kept):
-    confidence = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    label = torch.arange(3000) % 3
+@pytest.mark.parametrize("portion, n, kept", [(0.2, 1000, 200), (0.5, 1000, 500), (0.29, 100, 29)])
+def test_thresholds_keep_the_asked_portion_of_every_class(portion, n, kept):
+    confidence = torch.rand(3 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.arange(3 * n) % 3
     tau = class_thresholds(confidence, label, 4, portion)
     for c in range(3):
-        mine = confidence[label == c]
-        assert (mine >= tau[c]).sum() == kept
-        assert tau[c] == sorted(mine.tolist(), reverse=True)[kept - 1]  # DRSL-14 by the letter
-    assert tau[3] == 1  # P-L5: never predicted
-
-
-def test_thresholds_fall_with_the_portion():  # P-L2
-    confidence, label = torch.rand(500), torch.randint(0, 3, (500,))
-    taus = [class_thresholds(confidence, label, 3, p) for p in (0.2, 0.25, 0.5)]
-    assert (taus[0] >= taus[1]).all() and (taus[1] >= taus[2]).all()
-    prob = torch.rand(2, 3, 8, 8).softmax(1)
-    confidence, label = prob.max(1)
-    kept = [confidence >= class_thresholds(confidence.flatten(), label.flatten(), 3, p)[label] for p in (0.2, 0.5)]
-    assert (kept[1] | ~kept[0]).all() and kept[0].sum() < kept[1].sum()  # nested
+        assert tau[c] == sorted(confidence[label == c].tolist(), reverse=True)[kept - 1]  # DRSL-14 by the letter
+    assert tau[3] == 1  # never predicted
 
 
 def test_thresholds_of_tiny_sets():
@@ -627,17 +298,11 @@ def test_thresholds_of_tiny_sets():
 
 def test_pseudo_labels_are_the_weighted_argmax():
     prob = torch.tensor([0.6, 0.4]).view(1, 2, 1, 1)
-    assert pseudo_labels(prob, torch.tensor([0.9, 0.3])).item() == 1  # P-L4
+    assert pseudo_labels(prob, torch.tensor([0.9, 0.3])).item() == 1  # though 0.6 is more than 0.4
     assert pseudo_labels(prob, torch.tensor([0.9, 0.5])).item() == 255
     assert pseudo_labels(prob, torch.tensor([0.6, 1.0])).item() == 0  # exactly at the threshold: kept
     prob = torch.rand(2, 5, 6, 7).softmax(1)
-    assert torch.equal(pseudo_labels(prob, torch.full((5,), 0.01)), prob.argmax(1))  # P-L3
-    sure = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)  # P-L5: tau = 1 keeps only certainty
-    assert pseudo_labels(sure, torch.tensor([0.5, 1.0])).item() == 1
-    assert pseudo_labels(torch.tensor([0.01, 0.99]).view(1, 2, 1, 1), torch.tensor([0.5, 1.0])).item() == 255
-
-
-# ------------------------------------------------------ k-means -------------------------------------------------------
+    assert torch.equal(pseudo_labels(prob, torch.full((5,), 0.01)), prob.argmax(1))
 
 
 def test_kmeans_finds_the_modes_of_each_class():
@@ -648,18 +313,11 @@ def test_kmeans_finds_the_modes_of_each_class():
     R = kmeans_modes(e, y, start)
     for c in range(4):
         assert (R[c] @ centres[c].T).amax(0).min() > 0.99  # each true mode has a centre near it
+    means = F.normalize(torch.stack([x.mean(0) for x in e.view(4 * K, 40, 32)]), dim=1)
+    torch.testing.assert_close((R[:4].flatten(0, 1) @ means.T).amax(1), torch.ones(12))  # which is its pixels' mean
     torch.testing.assert_close(R[4], F.normalize(start[4], dim=1))  # a class that never occurs keeps its start
-    torch.testing.assert_close(R.norm(dim=2), torch.ones(5, K))
-
-
-def test_kmeans_with_fewer_distinct_pixels_than_modes():
-    e = unit(1, 8).float().expand(10, 8)
-    R = kmeans_modes(e, torch.zeros(10, dtype=torch.long), torch.randn(1, K, 8))
-    assert torch.isfinite(R).all()
-    torch.testing.assert_close(R[0], e[:K])
-
-
-# --------------------------------------------------- pixel sampling ---------------------------------------------------
+    same = unit(1, 8).float().expand(10, 8)  # fewer distinct pixels than modes
+    torch.testing.assert_close(kmeans_modes(same, torch.zeros(10, dtype=torch.long), torch.randn(1, K, 8))[0], same[:K])
 
 
 def test_balanced_labels():
@@ -670,22 +328,11 @@ def test_balanced_labels():
     for image in kept[:2]:
         assert torch.bincount(image[image != 255]).tolist() == [7, 5]
     assert torch.equal(balanced_labels(label, (5, 8), 40, torch.rand(3, 5, 8)), label)
-    often = [balanced_labels(label[:1], (5, 8), 7, torch.rand(1, 5, 8)).flatten()[:30] != 255 for _ in range(300)]
-    often = torch.stack(often).float().mean(0)
-    assert often.min() > 0.1 and often.max() < 0.4  # each road pixel about 7 times in 30: no favourites
-
-
-def test_balanced_labels_keep_the_smallest_random_numbers():
     label = torch.tensor([3, 3, 3, 7, 7, 255]).view(1, 1, 6)
-    u = torch.tensor([0.5, 0.1, 0.9, 0.8, 0.2, 0.0]).view(1, 1, 6)
+    u = torch.tensor([0.5, 0.1, 0.9, 0.8, 0.2, 0.0]).view(1, 1, 6)  # of each class the smallest are kept
     assert balanced_labels(label, (1, 6), 1, u).flatten().tolist() == [255, 3, 255, 255, 7, 255]
-
-
-def test_labels_reach_the_grid_by_the_pixel_at_the_centre_of_each_cell():
     label = torch.arange(16 * 24).view(1, 16, 24) % 250
-    u = torch.rand(1, 2, 3)
-    assert torch.equal(balanced_labels(label, (2, 3), 9, u), label[:, 4::8, 4::8])  # cells that tile the picture
-    assert torch.equal(balanced_labels(label, (3, 4), 9, torch.rand(1, 3, 4)), common.grid_labels(label, (3, 4)))
+    assert torch.equal(balanced_labels(label, (2, 3), 9, torch.rand(1, 2, 3)), label[:, 4::8, 4::8])  # cells' centres
 
 
 # ------------------------------------------------- a training step --------------------------------------------------
@@ -701,7 +348,7 @@ class Tiny(common.DeepLabV2):
         self.classifier = nn.ModuleList([nn.Conv2d(32, classes, 1)])
 
 
-def tiny_step(target=True, **changed):
+def tiny_step(**changed):
     """A network, a head, a source and a target batch, and the arguments of a step on them."""
     g = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
@@ -710,7 +357,7 @@ def tiny_step(target=True, **changed):
     x_s, x_t = torch.randn(2, 2, 3, 32, 64, generator=g)
     y_s, y_t = torch.randint(0, 5, (2, 2, 4, 8), generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3)
     y_s[0, :16, :16], y_t[1, :, 24:] = 255, 255
-    return network, head, (x_s, y_s), (x_t, y_t) if target else None, args
+    return network, head, (x_s, y_s), (x_t, y_t), args
 
 
 def losses_of(network, head, source, target, args):
@@ -728,39 +375,42 @@ def one_domain(network, head, x, y):
 def textbook_modes(d2, y, epsilon):
     m = torch.zeros_like(y)
     for c in range(5):
-        own = d2[y == c, c].detach().double()
-        m[y == c] = sinkhorn(own, epsilon, 3).argmax(1)
+        m[y == c] = sinkhorn(d2[y == c, c].detach().double(), epsilon, 3).argmax(1)
     return m
+
+
+def textbook_mode_loss(d2, y, m):  # DRSL-7
+    return margin_loss(d2, y, 0.8, m) + mode_cross_entropy(d2, y, 0.4) + 0.6 * own_mode_cross_entropy(d2, y, m, 0.4)
 
 
 def cross_entropy(logits, y):
     return F.cross_entropy(F.interpolate(logits, y.shape[1:], mode="bilinear"), y, ignore_index=255)
 
 
+ODD = {"lambda_t": 0.7, "lambda_mm": 0.4, "lambda_sma": 2.0, "w_own": 0.6, "sigma": 0.4, "alpha": 0.8, "epsilon": 0.07,
+       "pairs": 16}
+
+
 @pytest.mark.parametrize("align_over", ["all", "pseudo"])
 @pytest.mark.parametrize("balance", [True, False])
 def test_every_term_of_a_step(balance, align_over):
-    network, head, source, target, args = tiny_step(
-        balance=balance, align_over=align_over, lambda_t=0.7, lambda_mm=0.4, lambda_sma=2.0, w_own=0.6, sigma=0.4,
-        alpha=0.8, epsilon=0.07, pairs=16)
+    network, head, source, target, args = tiny_step(balance=balance, align_over=align_over, **ODD)
     terms = losses_of(network, head, source, target, args)
     assert list(terms) == ["loss", "ce_s", "ce_t", "mm_s", "mm_t", "sma"]
     l_s, e_s, d2_s, y_s = one_domain(network, head, *source)
     l_t, e_t, d2_t, y_t = one_domain(network, head, *target)
-    expected = {"ce_s": cross_entropy(l_s, source[1]), "ce_t": cross_entropy(l_t, target[1])}  # DRSL-1, DRSL-2
     d2, y = torch.cat([d2_s, d2_t]), torch.cat([y_s, y_t])
     m = textbook_modes(d2, y, 0.07) if balance else assign_modes(d2, y)
     assert not torch.equal(m, textbook_modes(d2, y, 0.07)) or balance
     m_s, m_t = m.split([64, 64])
-    for name, d2, y, m in (("mm_s", d2_s, y_s, m_s), ("mm_t", d2_t, y_t, m_t)):  # DRSL-7
-        expected[name] = (margin_loss(d2, y, 0.8, m) + mode_cross_entropy(d2, y, 0.4)
-                          + 0.6 * own_mode_cross_entropy(d2, y, m, 0.4))
+    expected = {"ce_s": cross_entropy(l_s, source[1]), "ce_t": cross_entropy(l_t, target[1]),  # DRSL-1, DRSL-2
+                "mm_s": textbook_mode_loss(d2_s, y_s, m_s), "mm_t": textbook_mode_loss(d2_t, y_t, m_t)}
     g = torch.Generator().manual_seed(11)
-    torch.rand(2, 4, 8, generator=g), torch.rand(2, 4, 8, generator=g)  # which pixels the mode losses see: here all
+    torch.rand(4, 4, 8, generator=g)  # which pixels the mode losses see: here all
     if align_over == "all":
         y_t, m_t = nearest_modes(d2_t)
         assert (target[1][:, 4::8, 4::8].flatten() == 255).any() and (y_t != 255).all()
-    expected["sma"] = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, 16, g, (5, 3))  # DRSL-9A
+    expected["sma"] = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, 16, g, shape=(5, 3))  # DRSL-9A
     expected["loss"] = (expected["ce_s"] + 0.7 * expected["ce_t"] + 0.4 * (expected["mm_s"] + expected["mm_t"])
                         + 2.0 * expected["sma"])  # DRSL-10
     for name in terms:
@@ -768,16 +418,17 @@ def test_every_term_of_a_step(balance, align_over):
     assert len({round(v.item(), 4) for v in terms.values()}) == 6
 
 
-def test_terms_of_a_step_without_a_target():
-    network, head, source, _, args = tiny_step(target=False, lambda_mm=0.4, w_own=0.6)
-    terms = losses_of(network, head, source, None, args)
-    logits, _, d2, y = one_domain(network, head, *source)
-    m = textbook_modes(d2, y, 0.05)
-    mm = margin_loss(d2, y, 0.5, m) + mode_cross_entropy(d2, y, 0.3) + 0.6 * own_mode_cross_entropy(d2, y, m, 0.3)
-    ce = cross_entropy(logits, source[1])
-    assert list(terms) == ["loss", "ce_s", "mm_s"]
-    for name, value in (("ce_s", ce), ("mm_s", mm), ("loss", ce + 0.4 * mm)):
-        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6)
+def test_terms_of_a_joint_step_and_of_plain_self_training():
+    network, head, source, target, args = tiny_step(**ODD)
+    (l_s, _, d2, y), (l_t, *_) = one_domain(network, head, *source), one_domain(network, head, *target)
+    ce_s, ce_t = cross_entropy(l_s, source[1]), cross_entropy(l_t, target[1])
+    mm_s = textbook_mode_loss(d2, y, textbook_modes(d2, y, 0.07))
+    joint, plain = losses_of(network, head, source, None, args), losses_of(network, None, source, target, args)
+    for terms, expected in ((joint, {"loss": ce_s + 0.4 * mm_s, "ce_s": ce_s, "mm_s": mm_s}),
+                            (plain, {"loss": ce_s + 0.7 * ce_t, "ce_s": ce_s, "ce_t": ce_t})):
+        assert list(terms) == list(expected)
+        for name in terms:
+            torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 ROUTES = {"ce_s": ("backbone classifier", "s"), "ce_t": ("backbone classifier", "t"),
@@ -829,10 +480,11 @@ def test_mode_losses_are_fp32():
     seen = []
     head.register_forward_hook(lambda module, given, out: seen.append([t.dtype for t in (*given, *out)]))
     terms = losses_of(network, head, source, target, args)
-    assert seen == [[torch.float32] * 3] * 2 and all(value.dtype == torch.float32 for value in terms.values())
-    exact = losses_of(*tiny_step())
-    assert terms["ce_s"].item() != exact["ce_s"].item()  # the network itself did compute in bf16
-    assert terms["mm_s"].item() == pytest.approx(exact["mm_s"].item(), rel=0.05)
+    assert seen == [[torch.float32] * 3] and all(value.dtype == torch.float32 for value in terms.values())
+    exactly = losses_of(*tiny_step())
+    assert terms["ce_s"].item() != exactly["ce_s"].item()  # the network itself did compute in bf16
+    assert terms["ce_t"].item() != exactly["ce_t"].item()
+    assert terms["mm_s"].item() == pytest.approx(exactly["mm_s"].item(), rel=0.05)
 
 
 def test_the_head_learns_at_the_network_s_own_rate_and_its_modes_do_not_decay():
@@ -843,12 +495,13 @@ def test_the_head_learns_at_the_network_s_own_rate_and_its_modes_do_not_decay():
     of = lambda wanted: [(g["scale"], g["weight_decay"]) for g in groups if any(p is wanted for p in g["params"])]
     assert of(head.representatives) == [(1.0, 0.0)] and of(head.project[0].weight) == [(1.0, 5e-4)]
     assert of(network.backbone[0].weight) == [(1.0, 5e-4)] and of(network.classifier[0].weight) == [(10.0, 5e-4)]
+    assert len(drsl.make_optimizer_with_modes(network, None, args).param_groups) == 2  # plain self-training
 
 
 # ------------------------------------------------- the wires of main ------------------------------------------------
 
-QUICK = [*TINY, "--precision", "fp32", "--toy-images", 12, "--warmup-iterations", 1, "--head-iterations", 2,
-         "--joint-iterations", 2, "--rounds", 2, "--iterations", 4, "--ramp", 2]
+QUICK = [*TINY, "--warmup-iterations", 1, "--head-iterations", 2, "--joint-iterations", 2, "--rounds", 2,
+         "--iterations", 6, "--ramp", 2]  # two joint steps, two of each round
 
 
 class Stop(Exception):
@@ -867,12 +520,13 @@ def play(tmp_path, monkeypatch):
         called = getattr(module, name)
 
         def recorded(*given, **named):
-            entry = describe(*given, **named)
+            if (entry := describe(*given, **named)) is None:
+                return called(*given, **named)
             trace.append((name, entry))
-            out = called(*given, **named)
-            if entry is not None:
-                entry["out"] = out
-            return out
+            if len(entries(trace, "embed") + entries(trace, "step_losses")) == play_on.stop_at:
+                raise Stop
+            entry["out"] = called(*given, **named)
+            return entry["out"]
 
         monkeypatch.setattr(module, name, recorded)
 
@@ -882,21 +536,25 @@ def play(tmp_path, monkeypatch):
         return models[-1]
 
     def describe_step(network, head, source, target, args, generator):
-        if len([name for name, _ in trace if name == "step_losses"]) == play_on.stop_at:
-            raise Stop
         bare = models[-1]
         return {"network": network, "head": head, "source": source, "target": target, "training": bare.training,
-                "norm": bare.backbone[1].training, "weights": weights(), "modes": copy.deepcopy(head.state_dict()),
+                "norm": bare.backbone[1].training, "weights": weights(),
+                "modes": head and copy.deepcopy(head.state_dict()),
                 "draw": torch.rand(3, generator=generator.clone_state()).tolist()}
 
-    def describe_batches(dataset, args, seed, start, stop):
-        inner = dataset
-        return {"domain": inner.domain, "labels": inner.label_dir and Path(inner.label_dir).name, "seed": seed,
-                "augmented": inner.augment is not None, "labelled": inner.labelled, "steps": (start, stop)}
+    def describe_embed(head, features, label, args, generator):  # of the head's warm-up, not inside step_losses
+        if sys._getframe(2).f_code.co_name == "train_modes":
+            return {"training": models[-1].training, "draw": torch.rand(3, generator=generator.clone_state()).tolist()}
+
+    def describe_batches(dataset, args, seed, start, stop, share=1):
+        return {"domain": dataset.domain, "labels": dataset.label_dir and Path(dataset.label_dir).name, "seed": seed,
+                "augmented": dataset.augment is not None, "labelled": dataset.labelled, "steps": (start, stop),
+                "share": share}
 
     note(drsl, "step_losses", describe_step)
+    note(drsl, "embed", describe_embed)
     note(drsl, "set_lr", lambda optimizer, lr: {"lr": lr})
-    note(drsl, "place_modes", lambda model, head, *_: {"modes": head.representatives.detach().clone()})
+    note(drsl, "place_modes", lambda model, head, *_: {"weights": weights()})
     note(drsl, "log_modes", lambda *given: {"weights": weights()})
     note(drsl, "label_target", lambda model, args, folder, portion: {
         "model": model is models[-1], "folder": folder, "portion": portion, "weights": weights()})
@@ -904,16 +562,13 @@ def play(tmp_path, monkeypatch):
     note(common, "training_batches", describe_batches)
     monkeypatch.setattr(common, "build_model", build_model)
     monkeypatch.setattr(common, "compare_with_source_only", lambda compared, args, run, source_model, **meters: (
-        trace.append(("compare", {"models": compared, "source": source_model, "meters": meters}))))
+        trace.append(("compare", {"models": compared, "source": source_model, "meters": meters, "run": run}))))
     monkeypatch.setattr(common.Run, "validate", lambda run, stage, step, steps, model, views: trace.append(
         ("validate", {"stage": stage, "step": step, "steps": steps, "model": model is models[-1], "views": views})))
-    monkeypatch.setattr(common.signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
-
     def play_on(*flags, out="run", stop_at=None):
         trace.clear()
         play_on.stop_at = stop_at
-        arguments = ["drsl.py", *map(str, [*QUICK, *flags]), "--out", str(tmp_path / out)]
-        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(sys, "argv", ["drsl.py", *map(str, [*QUICK, *flags]), "--out", str(tmp_path / out)])
         drsl.main()
         return list(trace)
 
@@ -933,24 +588,13 @@ def differ(one, other):
 STATISTICS = {"backbone.1.running_mean", "backbone.1.running_var", "backbone.1.num_batches_tracked"}
 
 
-def test_fcn8s_is_refused(tmp_path):
-    assert "vgg16-fcn8s" in run(tmp_path, "drsl.py", *TINY, "--backbone", "vgg16-fcn8s", ok=False)
-
-
-@pytest.mark.parametrize("flags, title", [
-    (["--lambda-mm", "0", "--lambda-sma", "0"], "plain self-training"),
-    (["--lambda-mm", "0"], "DRSL"), (["--lambda-sma", "0"], "DRSL")])
-def test_the_control_has_a_title_of_its_own(play, flags, title):
-    assert list(entries(play(*flags), "compare")[0]["models"]) == [title]
-
-
 @pytest.mark.parametrize("policy", ["live", "target", "frozen"])
 def test_stages_and_batch_norm(play, policy):
     trace = play("--batch-norm", policy)
-    interesting = ("settle_batch_norm", "step_losses", "place_modes", "log_modes", "label_target", "compare")
+    interesting = ("settle_batch_norm", "embed", "step_losses", "place_modes", "log_modes", "label_target", "compare")
     told = [name for name, _ in trace if name in interesting]
     a_round = ["log_modes", "settle_batch_norm", "label_target", "step_losses", "step_losses"]
-    assert told == ["settle_batch_norm", *["step_losses"] * 2, "place_modes", *["step_losses"] * 2,
+    assert told == ["settle_batch_norm", "embed", "embed", "place_modes", "step_losses", "step_losses",
                     *a_round, *a_round, "log_modes", "settle_batch_norm", "compare"]
     for settled in entries(trace, "settle_batch_norm"):  # on what the network is trained on, without labels
         views = settled["views"]
@@ -958,11 +602,13 @@ def test_stages_and_batch_norm(play, policy):
         assert not views.labelled and views.label_dir is None
     steps = entries(trace, "step_losses")
     assert all(step["training"] and step["norm"] == (policy == "live") for step in steps)
-    assert [step["target"] is None for step in steps] == [True] * 4 + [False] * 4
+    assert all(step["training"] for step in entries(trace, "embed"))
+    assert [step["target"] is None for step in steps] == [True] * 2 + [False] * 4
     final, source = play.models[-1].state_dict(), entries(trace, "compare")[0]["source"].state_dict()
     assert entries(trace, "compare")[0]["models"] == {"DRSL": play.models[-1]}
     assert differ(source, final) >= {"backbone.0.weight", "classifier.0.weight"}
-    assert differ(source, steps[2]["weights"]) <= STATISTICS  # the network stands still while the head warms up
+    for entry in (entries(trace, "place_modes")[0], steps[0]):  # the network stands still while the head warms up
+        assert differ(source, entry["weights"]) <= STATISTICS
     labelled_with = [entry["weights"] for entry in entries(trace, "label_target")]
     if policy == "frozen":
         assert not differ(source, labelled_with[0]) & STATISTICS
@@ -971,46 +617,93 @@ def test_stages_and_batch_norm(play, policy):
     changed = differ(labelled_with[0], labelled_with[1]) & STATISTICS
     assert bool(changed) == (policy == "live")  # estimated before each labelling, or never again
     saved = load(play.folder / "run/last.pt")
-    assert not differ(saved["model"], final) and saved["step"] == 4
+    assert not differ(saved["model"], final) and saved["step"] == 6 and saved["method"] == "drsl"
 
 
 def test_what_every_stage_is_trained_on(play):
-    trace = play("--batch-norm", "frozen", "--seed", 3)
+    trace = play("--batch-norm", "frozen", "--seed", 3, "--portion", 0.2, "--portion-step", 0.3, "--portion-max", 0.6,
+                 "--rounds", 3, "--iterations", 5, "--modes", 2, "--embedding", 8)
     mixed = {n: common.mix_seed(3, n) for n in range(10)}
-    asked = [(b["domain"], b["labels"], b["seed"], b["steps"]) for b in entries(trace, "training_batches")]
-    look = [("source", None, mixed[9], (0, 6)), ("target", None, mixed[9], (0, 6))]
-    assert asked == [("source", None, 3, (0, 1)), ("source", None, mixed[1], (0, 4)),
-                     ("source", None, mixed[8], (0, 6)), *look,
-                     ("source", None, mixed[4], (0, 2)), ("target", "round1", mixed[5], (0, 2)), *look,
-                     ("source", None, mixed[4], (2, 4)), ("target", "round2", mixed[5], (2, 4)), *look]
+    asked = [(b["domain"], b["labels"], b["seed"], b["steps"], b["share"]) for b in entries(trace, "training_batches")]
+    look = [("source", None, mixed[9], (0, 6), 1), ("target", None, mixed[9], (0, 6), 1)]
+    a_round = lambda r: [*look, ("source", None, mixed[4], (r + 1, r + 2), 2),
+                         ("target", f"round{r}", mixed[5], (r + 1, r + 2), 2)]
+    assert sorted(asked, key=str) == sorted([
+        ("source", None, 3, (0, 1), 1), ("source", None, mixed[1], (0, 2), 1), ("source", None, mixed[8], (0, 6), 1),
+        ("source", None, mixed[4], (0, 2), 1), *a_round(1), *a_round(2), *a_round(3), *look], key=str)
     for batches in entries(trace, "training_batches"):
         assert batches["augmented"] and batches["labelled"] == (batches["domain"] == "source")
+    rounds = entries(trace, "label_target")
+    assert [entry["portion"] for entry in rounds] == pytest.approx([0.2, 0.5, 0.6])  # DRSL-16
+    assert [entry["folder"].name for entry in rounds] == ["round1", "round2", "round3"]
+    assert all(entry["model"] for entry in rounds)
     steps = entries(trace, "step_losses")
-    assert len({tuple(step["draw"]) for step in steps}) == 8  # other random numbers in every step
-    for step in steps[4:]:
+    assert steps[-1]["head"].representatives.shape == (16, 2, 8)
+    draws = [tuple(step["draw"]) for step in entries(trace, "embed") + steps]
+    assert len(set(draws)) == 7  # other random numbers in every step
+    for step in steps[2:]:
         assert not torch.equal(step["source"][0], step["target"][0])
         assert (step["target"][1] == 255).any() and (step["source"][1] != 255).all()
     sources = torch.stack([step["source"][0] for step in steps])
     assert all(not torch.equal(a, b) for i, a in enumerate(sources) for b in sources[:i])
+    looks = entries(trace, "validate")
+    assert [(look["stage"], look["step"], look["steps"]) for look in looks] == [("adapt", n + 1, 5) for n in range(5)]
+    assert all(look["model"] and not look["views"].labelled and look["views"].label_dir is None for look in looks)
+
+
+def test_plain_self_training_is_every_step_and_without_modes(play):
+    trace = play("--plain", "--joint-iterations", 99)
+    told = [name for name, _ in trace if name in ("settle_batch_norm", "step_losses", "label_target", "compare")]
+    a_round = ["settle_batch_norm", "label_target", *["step_losses"] * 3]
+    assert told == ["settle_batch_norm", *a_round, *a_round, "settle_batch_norm", "compare"]
+    assert not entries(trace, "log_modes") and not entries(trace, "embed") and not entries(trace, "place_modes")
+    steps, compared = entries(trace, "step_losses"), entries(trace, "compare")[0]
+    assert all(step["head"] is None and step["target"] is not None for step in steps)
+    assert list(compared["models"]) == ["plain self-training"] and compared["run"].method == "plain"
+    assert list(compared["meters"]) == ["noise", "noise_classes"]
+    assert "head" not in load(play.folder / "run/last.pt")
+    play("--plain", "--modes", 5, "--alpha", 2, "--lambda-mm", 9, out="again")  # flags that do nothing
+    one, again = (load(play.folder / name / "last.pt")["model"] for name in ("run", "again"))
+    assert not differ(one, again)
+    play("--plain", "--lambda-t", 0.1, out="other")
+    assert differ(one, load(play.folder / "other/last.pt")["model"])
+
+
+def test_the_default_folder_tells_plain_self_training_apart(monkeypatch):
+    for flags, name in (([], "drsl"), (["--plain"], "plain")):
+        asked = []
+        monkeypatch.setattr(common, "Run", lambda method, args: asked.append(method) or sys.exit())
+        monkeypatch.setattr(sys, "argv", ["drsl.py", *flags])
+        with pytest.raises(SystemExit):
+            drsl.main()
+        assert asked == [name]
 
 
 def test_training_follows_the_gradient_of_the_right_loss(play, monkeypatch):
     """SGD's first steps: weights move by the rate times the gradient of L_mm^s, then of the total, and decay."""
-    steps, called = [], drsl.step_losses
+    steps = []
 
-    def watched(network, head, source, target, args, generator):
-        terms = called(network, head, source, target, args, generator)
-        objective = terms["loss"] if steps else terms["mm_s"]
-        bare = play.models[-1]
-        named = [*bare.named_parameters(), *((f"head.{name}", p) for name, p in head.named_parameters())]
-        grads = torch.autograd.grad(objective, [p for _, p in named], retain_graph=True, allow_unused=True)
-        steps.append({name: (p.detach().clone(), grad) for (name, p), grad in zip(named, grads)})
-        return terms
+    def watch(name, chosen):
+        called = getattr(drsl, name)
 
-    monkeypatch.setattr(drsl, "step_losses", watched)
+        def watched(*given):
+            out = called(*given)
+            if (objective := chosen(out)) is not None:
+                bare, head = play.models[-1], play.head
+                named = [*bare.named_parameters(), *((f"head.{name}", p) for name, p in head.named_parameters())]
+                grads = torch.autograd.grad(objective, [p for _, p in named], retain_graph=True, allow_unused=True)
+                steps.append({name: (p.detach().clone(), grad) for (name, p), grad in zip(named, grads)})
+            return out
+
+        monkeypatch.setattr(drsl, name, watched)
+
+    head_of = drsl.ModeHead
+    monkeypatch.setattr(drsl, "ModeHead", lambda *given: setattr(play, "head", head_of(*given)) or play.head)
+    watch("mode_loss", lambda out: out if not steps else None)  # the head's warm-up, one step
+    watch("step_losses", lambda out: out["loss"])
     trace = play("--optimizer", "sgd", "--head-lr", 10, "--lr", 0.02, "--warmup-lr", 0.05, "--power", 0, "--ramp", 0,
-                 "--batch-norm", "live", "--head-iterations", 1, "--joint-iterations", 2, "--rounds", 1)
-    assert len(steps) == 1 + 2 + 4
+                 "--batch-norm", "live", "--head-iterations", 1, "--joint-iterations", 0, "--rounds", 1)
+    assert len(steps) == 1 + 6
     monkeypatch.undo()
 
     def moved(step, rate):
@@ -1023,20 +716,21 @@ def test_training_follows_the_gradient_of_the_right_loss(play, monkeypatch):
             expected = before - rate * scale * (grad + decay * before)
             torch.testing.assert_close(steps[step + 1][name][0], expected, msg=name)
 
-    without_modes = {name: value for name, value in steps[0].items() if name != "head.representatives"}
-    steps[0] = without_modes  # k-means places R after this step
-    moved(0, 0.05)
+    steps[0].pop("head.representatives")  # k-means places R after this step
     assert all(grad is None for name, (_, grad) in steps[0].items() if not name.startswith("head."))
-    moved(3, 0.02)  # the first step of the adaptation, with a fresh optimizer
-    assert all(grad is not None for _, grad in steps[3].values())
-    assert [entry["lr"] for entry in entries(trace, "set_lr")[1:]] == [0.05, 0.02, 0.02] + [0.02] * 4
+    moved(0, 0.05)
+    moved(1, 0.02)  # the first step on both domains, with a fresh optimizer
+    assert all(grad is not None for _, grad in steps[1].values())
+    assert [entry["lr"] for entry in entries(trace, "set_lr")[1:]] == [0.05] + [0.02] * 6
 
 
-def test_learning_rates(play):
-    trace = play("--lr", 0.01, "--warmup-lr", 0.004, "--power", 0.5, "--ramp", 3, "--iterations", 6)
+@pytest.mark.parametrize("plain", [[], ["--plain"]])
+def test_the_schedule_runs_over_all_steps(play, plain):
+    """The same rate at the same step in DRSL and plain self-training, joint steps included."""
+    trace = play("--lr", 0.01, "--warmup-lr", 0.004, "--power", 0.5, "--ramp", 3, *plain)
     expected = [0.01 * min(1, (t + 1) / 3) * (1 - t / 6) ** 0.5 for t in range(6)]
-    assert [entry["lr"] for entry in entries(trace, "set_lr")] == pytest.approx(
-        [0.004, 0.004, 0.004, 0.01, 0.01, *expected])
+    warmup = [0.004] if plain else [0.004] * 3
+    assert [entry["lr"] for entry in entries(trace, "set_lr")] == pytest.approx([*warmup, *expected])
 
 
 def test_kmeans_places_the_modes_once_after_the_head_has_warmed_up(play, monkeypatch):
@@ -1048,15 +742,14 @@ def test_kmeans_places_the_modes_once_after_the_head_has_warmed_up(play, monkeyp
         return found[-1]
 
     monkeypatch.setattr(drsl, "kmeans_modes", watched)
-    steps = entries(play("--optimizer", "adamw"), "step_losses")
-    assert len(found) == 1 and torch.equal(steps[2]["modes"]["representatives"], found[0])
+    steps = entries(play(), "step_losses")
+    assert len(found) == 1 and torch.equal(steps[0]["modes"]["representatives"], found[0])
+    assert torch.equal(load(play.folder / "run/modes.pt")["head"]["representatives"], found[0])
     e, y = asked[0]
     assert (y != 255).all() and e.shape == (len(y), 64)
     torch.testing.assert_close(e.norm(dim=1), torch.ones(len(e)))
-    assert torch.bincount(y).max() <= 12 * math.ceil(2000 / 12) and len(y) == 12 * 4 * 8  # here every pixel
-    state = load(play.folder / "run/modes.pt")["optimizer"]["state"]  # R is its last parameter
-    assert state[max(state)]["step"] == 2 and state[max(state) - 1]["step"] == 4  # R began anew
-    assert len(entries(play("--head-iterations", 0, out="none"), "place_modes")) == 0
+    assert len(y) == 12 * 4 * 8  # here every pixel
+    assert not entries(play("--head-iterations", 0, out="none"), "place_modes")
 
 
 def test_several_processes_start_from_the_first_one_s_modes(monkeypatch):
@@ -1068,39 +761,9 @@ def test_several_processes_start_from_the_first_one_s_modes(monkeypatch):
         head = ModeHead(32, 16, embedding=16)
         monkeypatch.setattr(common, "rank", lambda: rank)
         monkeypatch.setattr(common, "training_batches", lambda dataset, *_: [
-            (torch.stack([source[i]["image"]]), torch.stack([source[i]["label"]])) for i in range(2)])
+            (common.normalise(source[i]["image"][None]), source[i]["label"][None]) for i in range(2)])
         drsl.place_modes(Tiny().train(), head, source, args)
         assert given[-1].any() == (rank == 0) and torch.equal(head.representatives, given[-1] + 5)
-
-
-def test_plain_self_training_is_untouched_by_modes_but_has_their_joint_steps(play):
-    plain = ["--lambda-mm", 0, "--lambda-sma", 0]
-    end = {}
-    for name, flags in {"three": [], "one": ["--modes", 1, "--alpha", 2], "fewer": ["--joint-iterations", 0],
-                        "modes": ["--lambda-mm", 0.3], "aligned": ["--lambda-sma", 1]}.items():
-        trace = play(*plain, *flags, out=name)
-        assert len(entries(trace, "step_losses")) == (6 if name == "fewer" else 8)
-        end[name] = copy.deepcopy(play.models[-1].state_dict())
-    assert not differ(end["three"], end["one"])
-    for name in ("fewer", "modes", "aligned"):
-        assert "backbone.0.weight" in differ(end["three"], end[name]), name
-
-
-def test_portions_and_sizes_of_the_head(play):
-    trace = play("--portion", 0.2, "--portion-step", 0.3, "--portion-max", 0.6, "--rounds", 3, "--modes", 2,
-                 "--embedding", 8)
-    assert [entry["portion"] for entry in entries(trace, "label_target")] == pytest.approx([0.2, 0.5, 0.6])  # DRSL-16
-    assert [entry["folder"].name for entry in entries(trace, "label_target")] == ["round1", "round2", "round3"]
-    assert all(entry["model"] for entry in entries(trace, "label_target"))
-    head = entries(trace, "step_losses")[-1]["head"]
-    assert head.representatives.shape == (16, 2, 8)
-    assert [b["steps"] for b in entries(trace, "training_batches") if b["labels"]] == [(0, 1), (1, 2), (2, 4)]
-
-
-def test_the_score_is_watched_without_labels(play):
-    looks = entries(play(), "validate")
-    assert [(look["stage"], look["step"], look["steps"]) for look in looks] == [("adapt", n, 4) for n in (1, 2, 3, 4)]
-    assert all(look["model"] and not look["views"].labelled and look["views"].label_dir is None for look in looks)
 
 
 def test_pseudo_labels_are_those_of_the_equations(play):
@@ -1112,20 +775,16 @@ def test_pseudo_labels_are_those_of_the_equations(play):
     dataset = common.ToyStreets("target", "train", (32, 64), images=12, labelled=True)
     with torch.no_grad():
         items = [dataset[i] for i in range(12)]
-        images = torch.stack([item["image"] for item in items])
+        images = common.normalise(torch.stack([item["image"] for item in items]))
         up = lambda logits: F.interpolate(logits, (32, 64), mode="bilinear").softmax(1)
         prob = (up(model(images)[1]) + up(model(images.flip(3))[1].flip(3))) / 2
     confidence, predicted = prob[::4, :, ::8, ::8].max(1)
     tau = class_thresholds(confidence.flatten(), predicted.flatten(), 16, 0.4)
-    expected = pseudo_labels(prob, tau)
     written = torch.stack([torch.from_numpy(common.read_label(path)) for path in sorted(entry["folder"].iterdir())])
-    assert (written == expected).float().mean() > 0.999 and (written == 255).any()
-    truth, kept = torch.stack([item["label"] for item in items]), written != 255
+    assert (written == pseudo_labels(prob, tau)).float().mean() > 0.999 and (written == 255).any()
     assert entry["out"]["portion"] == 0.4
-    assert entry["out"]["kept"] == pytest.approx(kept.float().mean().item())
-    assert entry["out"]["accuracy"] == pytest.approx((written == truth)[kept].float().mean().item())
-    each = [(truth == c)[written == c].float().mean().item() for c in range(16) if (written == c).any()]
-    assert len(each) > 2 and entry["out"]["accuracy_classes"] == pytest.approx(sum(each) / len(each))
+    assert entry["out"]["kept"] == pytest.approx((written != 255).float().mean().item())
+    assert {"accuracy", "accuracy_classes"} <= entry["out"].keys()
 
 
 def test_meters(play):
@@ -1156,26 +815,22 @@ def test_meters(play):
         assert shown[-1]["effective"] == [None if math.isnan(v) else round(v, 2) for v in expected.tolist()]
 
 
-@pytest.mark.parametrize("policy, every", [("live", 2), ("target", 3)])
-def test_stopped_before_any_step_and_resumed_the_run_ends_the_same(play, policy, every):
-    flags = ["--batch-norm", policy, "--save-every", every, "--optimizer", "adamw"]
-    play(*flags, out="whole")
+@pytest.mark.parametrize("flags, total, stops", [
+    (["--batch-norm", "live"], 8, (2, 4, 6)), (["--plain"], 6, (4,))])
+def test_stopped_before_any_step_and_resumed_the_run_ends_the_same(play, flags, total, stops):
+    """Stopped in the head's warm-up, in the joint steps, in a round, and before the first step of one."""
     saved = lambda name: load(play.folder / name / "last.pt")
-    whole = saved("whole")
-    for stop_at in range(0, 8, every):
+    play(*flags, out="whole")
+    for stop_at in stops:  # the step that is not done
         with pytest.raises(Stop):
-            play(*flags, out=f"cut{stop_at}", stop_at=stop_at)
-        play(*flags, "--resume", out=f"cut{stop_at}")
-        cut = saved(f"cut{stop_at}")
-        assert not differ(whole["model"], cut["model"]) and not differ(whole["head"], cut["head"]), stop_at
-
-
-def test_a_finished_run_resumed_tells_the_same_again(play):
-    first = entries(play(), "compare")[0]
-    again = play("--resume")
+            play(*flags, "--save-every", 1, out=f"cut{stop_at}", stop_at=stop_at)
+        resumed = play(*flags, "--save-every", 1, "--resume", out=f"cut{stop_at}")
+        assert len(entries(resumed, "embed") + entries(resumed, "step_losses")) == total + 1 - stop_at
+        for part in saved("whole").keys() & {"model", "head"}:
+            assert not differ(saved("whole")[part], saved(f"cut{stop_at}")[part]), stop_at
+    again = play(*flags, "--resume", out="whole")  # a finished run tells the same again
     assert not entries(again, "step_losses") and not entries(again, "label_target")
-    assert entries(again, "compare")[0]["meters"] == first["meters"]
-    assert not differ(first["source"].state_dict(), entries(again, "compare")[0]["source"].state_dict())
+    assert len(entries(again, "compare")) == 1
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -1183,18 +838,21 @@ def test_a_finished_run_resumed_tells_the_same_again(play):
     ("--lambda-sma", "inf"), ("--lambda-t", "nan"), ("--w-own", "-1"), ("--portion", "1.5"), ("--portion-step", "-0.1"),
     ("--portion-max", "nan"), ("--modes", "0"), ("--embedding", "0"), ("--pairs", "0"), ("--pixels", "0"),
     ("--rounds", "0"), ("--iterations", "-1"), ("--head-iterations", "-1"), ("--joint-iterations", "x"), ("--lr", "0"),
-    ("--align-over", "none")])
-def test_nonsense_is_refused(monkeypatch, capsys, flag, value):
-    monkeypatch.setattr(sys, "argv", ["drsl.py", f"{flag}={value}"])
+    ("--align-over", "none"), ("--joint-iterations", "241")])
+def test_nonsense_is_refused(capsys, flag, value):
     with pytest.raises(SystemExit):
-        drsl.parse_args()
+        settings(f"{flag}={value}")
     assert flag in capsys.readouterr().err
+
+
+def test_plain_self_training_takes_any_number_of_steps():
+    assert settings("--plain", "--iterations", 10).joint_iterations > 10  # which would be refused without --plain
 
 
 # --------------------------------------------------- the script -----------------------------------------------------
 
 FEW = [*TINY, "--warmup-iterations", 2, "--head-iterations", 2, "--joint-iterations", 1, "--rounds", 2,
-       "--iterations", 4]
+       "--iterations", 5]
 
 
 @pytest.fixture(scope="module")
@@ -1218,56 +876,44 @@ def test_one_command_runs_all_stages(uninterrupted):
     assert all(1 <= result(folder)["meters"][f"effective_modes_{domain}"] <= 3 for domain in ("source", "target"))
     files = sorted((folder / "pseudo_labels/round1").iterdir())
     assert len(files) == 12 and common.read_label(files[0]).shape == (32, 64)
-    panel = Image.open(folder / "panel.png")
-    assert panel.width > 4 * 300  # image | truth | source only | DRSL
+    assert Image.open(folder / "panel.png").width > 4 * 300  # image | truth | source only | DRSL
+    steps = [(line["stage"], line["step"]) for line in lines if "ce_s" in line]
+    assert steps == [("joint", "1/5"), *(("adapt", f"{n}/5") for n in (2, 3, 4, 5))]
     for line in (line for line in lines if line["stage"] == "adapt"):  # DRSL-10 with the defaults
         expected = line["ce_s"] + line["ce_t"] + 0.3 * (line["mm_s"] + line["mm_t"]) + line["sma"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @exact
-def test_init_is_the_same_as_training_the_source_model_here(tmp_path, start, uninterrupted):
-    run(tmp_path, "drsl.py", *FEW, "--init", start, "--out", "given")
-    for folder in (uninterrupted / "run", tmp_path / "given"):
-        assert same_weights(start, folder / "source_only.pt")
-    assert same_weights(uninterrupted / "run/last.pt", tmp_path / "given/last.pt")
-
-
-@exact
 def test_killed_and_resumed_the_run_ends_the_same(tmp_path, uninterrupted):
-    """One run, killed by SIGKILL in several stages in turn, and once by Ctrl-C."""
+    """One run, killed in two stages in turn."""
     arguments = ["drsl.py", *FEW, "--save-every", 1, "--out", "cut"]
-    for stage, lines in (("modes", 1), ("round 1", 1), ("adapt", 3)):
-        resume = ["--resume"] if stage != "modes" else []
-        how = signal.SIGINT if lines == 3 else signal.SIGKILL
-        code, errors = kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume,
-                                 with_signal=how)
-    assert code == 1 and "--resume" in errors and "Traceback" not in errors
+    for stage, lines, resume in (("joint", 1, []), ("adapt", 3, ["--resume"])):
+        kill_when(tmp_path, lambda: logged(tmp_path / "cut", stage, lines), *arguments, *resume)
     run(tmp_path, *arguments, "--resume")
     for name in ("source_only.pt", "modes.pt", "last.pt"):
         assert same_weights(tmp_path / "cut" / name, uninterrupted / "run" / name)
 
 
-@pytest.mark.parametrize("source, classes", [("synthia", 16), ("gta5", 19)])
-def test_real_formats_from_start_to_end(tmp_path, source, classes):
+def test_real_formats_from_start_to_end(tmp_path):
     write_synthia(tmp_path)
-    write_gta5(tmp_path)
     write_cityscapes(tmp_path)
     for path in (tmp_path / "cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
-    run(tmp_path, "drsl.py", "--source", source, "--data-root", tmp_path, "--backbone", "resnet18",
-        "--backbone-weights", "none", "--workers", 0, *FEW, "--rounds", 1, "--iterations", 1)
-    scores = result(tmp_path / f"runs/drsl-{source}-s0")
-    assert len(scores["iou"]) == classes and ("miou13" in scores) == (source == "synthia")
-    assert "noise" not in scores["meters"] and scores["meters"]["effective_modes_source"] >= 1
+    run(tmp_path, "drsl.py", "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet14",
+        "--backbone-weights", "none", "--workers", 0, *FEW, "--rounds", 1, "--iterations", 2)
+    scores = result(tmp_path / "runs/drsl-synthia-s0")
+    assert len(scores["iou"]) == 16 and "noise" not in scores["meters"]
+    assert scores["meters"]["effective_modes_source"] >= 1
 
 
 def test_two_processes_share_one_run(tmp_path, start):
-    """What is counted is one process's; the network and the head learn as one process's; the mode warm-up runs."""
-    arguments = [*FEW, *SPLITTABLE, "--init", start, "--rounds", 1, "--lr", 0.02, "--ramp", 0,
-                 "--lambda-mm", 0.1, "--lambda-sma", 0.1, "--pairs", 1024, "--joint-iterations", 0]
-    run(tmp_path, "drsl.py", *arguments, "--head-iterations", 0, "--out", "one")
-    run_as_two(tmp_path, "drsl.py", *arguments, "--head-iterations", 0, "--out", "two")
+    """What is counted is one process's; the network and the head learn as one process's."""
+    arguments = [*FEW, *SPLITTABLE, "--init", start, "--rounds", 1, "--iterations", 3, "--lr", 0.02, "--ramp", 0,
+                 "--lambda-mm", 0.1, "--lambda-sma", 0.1, "--pairs", 1024, "--head-iterations", 0,
+                 "--joint-iterations", 0, "--no-balance"]  # each process balances the pixels of its own images
+    run(tmp_path, "drsl.py", *arguments, "--out", "one")
+    run_as_two(tmp_path, "drsl.py", *arguments, "--out", "two")
     assert trained_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt")
     heads = [load(tmp_path / name / "last.pt")["head"] for name in ("one", "two")]
     for key in heads[0]:
@@ -1281,5 +927,3 @@ def test_two_processes_share_one_run(tmp_path, start):
     for key in ("kept", "accuracy", "accuracy_classes"):
         assert one[key] == pytest.approx(two[key], rel=1e-3), key
     assert len(list((tmp_path / "two/pseudo_labels/round1").iterdir())) == 12
-    run_as_two(tmp_path, "drsl.py", *arguments, "--head-iterations", 1, "--joint-iterations", 1, "--iterations", 1,
-               "--out", "modes")
