@@ -588,7 +588,7 @@ def parse_args():
         help="plain self-training: no modes, no alignment, every step an adaptation step; their flags do nothing")
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
         help="before them, the head alone at --warmup-lr, then k-means; 0: modes start at random places [U]")
-    add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 5000, small=1000),
+    add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
         help="the first ones of --iterations, on source alone, where modes and network learn together [U]")
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
         help="rounds of pseudo-labels [U: 3 to 6]")
