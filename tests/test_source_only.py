@@ -278,7 +278,7 @@ def test_the_target_is_looked_at_before_training(tmp_path):
 SMALL = {
     "source_only": {"iterations": 10000, "lr": 1e-4},
     "scale_invariant": {"iterations": 6000, "lr": 5e-5},
-    "cpsl": {"iterations": 6000, "lr": 5e-5, "prototype_scale": 2.0, "distill_iterations": 6000, "distill_lr": 1e-4},
+    "cpsl": {"iterations": 6000, "lr": 5e-5, "prototype_lr": 1.2e-4, "distill_iterations": 6000, "distill_lr": 1e-4},
     "sdca": {"iterations": 4000, "lr": 5e-5, "horizon": 1.0, "lambda_feat": 10.0, "lambda_out": 10.0,
              "from_scratch_ssl": False, "ssl_iterations": 2000, "ssl_lr": 5e-5},
     "drsl": {"iterations": 6000, "head_iterations": 500, "joint_iterations": 500},
