@@ -422,32 +422,27 @@ def test_flow_of_the_four_methods(tmp_path):
 # ===================================================== tables.sh =====================================================
 
 
-def helps(monkeypatch, capsys):
-    """{script: its --help}, from the parsers, in this process."""
-    texts = {}
-    for name in ("source_only", "scale_invariant", "cpsl", "sdca", "drsl", "evaluate", "figures"):
-        monkeypatch.setattr(sys, "argv", [name, "--help"])
-        with pytest.raises(SystemExit):
-            importlib.import_module(name).parse_args()
-        texts[f"{name}.py"] = capsys.readouterr().out
-    return texts
+def parsed(call, monkeypatch):
+    """The arguments of a call "SCRIPT.py FLAGS" as its own parser reads them; SystemExit where it refuses them."""
+    script, *flags = call.split()
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    return importlib.import_module(Path(script).stem).parse_args()
 
 
-def test_tables_name_scripts_flags_and_figures_that_exist(monkeypatch, capsys):
-    text, known = (PROJECT / "assets/tables.sh").read_text().replace("\\\n", " "), helps(monkeypatch, capsys)
-    calls = [line for line in text.splitlines() if re.search(r"\w\.py\b", line) and not line.startswith("#")]
-    assert len(calls) > 20
-    for line in calls:
-        [script] = re.findall(r"(\w+\.py)\b", line)
-        for flag in re.findall(r"(?<![\w-])--[\w-]+", line[line.index(script):]):
-            assert re.search(rf"{flag}(?![\w-])", known[script]), f"{script} {flag}"
-    shared = re.search(r'python "\$script" (.*)', text).group(1) + " --resume --init"
-    for flag in re.findall(r"--[\w-]+", shared):
-        assert all(flag in known[script] for script in known if "--out DIR" in known[script] and (
-            flag != "--init" or script != "source_only.py"))
-    rows = set(re.findall(r"^\s+train (\w+) ", text, re.M))
-    used = set(re.findall(r"\b(\w+):(\w+)\b", re.search(r"for pair in (.*?)\bdo\b", text, re.S).group(1)))
-    used = {name for pair in used for name in pair} | set(" ".join(re.findall(r"\$\(of ([\w ]+)\)", text)).split())
-    assert used == rows  # every row that is trained stands in a table, and no other
-    for figure in re.findall(r"figures\.py (\w+)", text):
-        assert re.search(rf"\b{figure}\b", known["figures.py"])
+def test_every_call_of_the_tables_is_understood(monkeypatch):
+    """Every parser reads its calls; every row that is trained stands in a table, and no other."""
+    text = (PROJECT / "assets/tables.sh").read_text().replace("\\\n", " ")
+    shared = re.search(r'python "\$script" (.*) "\$@"', text).group(1).replace('"', "") + " --resume"
+    start, rows = re.search(r'start="(.*)"', text).group(1), {}
+    for name, call in re.findall(r"^\s+train (\w+) (.*)$", text, re.M):
+        rows[name] = parsed(call.replace("$start", start) + " " + shared.replace("$w", "3"), monkeypatch)
+        assert (rows[name].toy_world, rows[name].seed, rows[name].resume) == (3, 3, True)
+    assert rows["oracle"].oracle and rows["plain"].plain and not rows["drsl"].plain and rows["held"].hold_prototypes
+    assert rows["whole"].view == "whole" and not rows["fixed_labels"].rectify and rows["one_mode"].modes == 1
+    others = re.findall(r"^\s*python ((?:evaluate|assets/figures)\.py .*)$", text, re.M)
+    assert len(others) > 7
+    for call in others:
+        parsed(re.sub(r"\$\(.*?\)", "runs/x-0", call), monkeypatch)
+    pairs = re.findall(r"\b(\w+):(\w+)\b", re.search(r"for pair in (.*?)\bdo\b", text, re.S).group(1))
+    used = {name for pair in pairs for name in pair} | set(" ".join(re.findall(r"\$\(of ([\w ]+)\)", text)).split())
+    assert used == set(rows)
