@@ -433,9 +433,15 @@ def load(dataset, args, share=1, **options):
                       generator=torch.Generator(), **options)
 
 
+@functools.cache
+def channel_statistics(device):
+    """MEAN and STD (3, 1, 1) on that device. Kept, because a GPU would be waited for in every copy."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+
+
 def normalise(images):
     """uint8 (N, 3, H, W) -> what networks read: float32, ImageNet's mean and deviation taken out."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = channel_statistics(images.device)
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

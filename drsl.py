@@ -9,7 +9,7 @@ were available. Labels such as DRSL-6 are this project's own, the paper's equati
 the paper is quoted because none was found. Equations, steps and flags carry their origin:
 
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [F] field convention (CRST, AdaptSegNet, DeepLab)        [I] inferred for this reconstruction
+    [F] field convention (AdaptSegNet, DeepLab, CRST: below) [I] inferred for this reconstruction
     [U] unknown: a choice of ours
 
 The idea in five sentences [P]
@@ -25,25 +25,26 @@ The idea in five sentences [P]
 
 Plain self-training (--plain), from which all four papers of this project start
 -------------------------------------------------------------------------------
-The network labels the target's images itself, trains on the labels that it is sure of as if they were true, and labels
-again: DRSL-1, -2 and -14 to -16 without modes. Every class keeps the same share of its pixels, lest the easy classes
-give all the labels. This is class-balanced self-training (CBST, arXiv 1810.07911). Its successor, confidence
-regularized self-training (CRST, arXiv 1908.09822), has the code that is called CRST below.
-The weakness: a confident label can be wrong, training on it makes the network surer of it, and the next round keeps it
-again. LSE selects images and labels, which must agree with what another scale shows. CPSL corrects labels by optimal
-transport, with given shares of the classes. SDCA pulls features to the distributions of their classes. DRSL models the
+The network labels the target's images itself, trains on the labels of which it is sure as if they were true, and labels
+again. Each class keeps the same share of the pixels predicted as it, lest the easy classes give all the labels. This is
+class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16 without modes. Below, "CRST" is the
+code of its successor, confidence regularized self-training (arXiv 1908.09822).
+
+Its weakness: a confident label can be wrong. Training on it makes the network surer of it, and the next round keeps it
+again. LSE picks out trustworthy images and labels enlarged views of them. CPSL corrects the labels by optimal
+transport, which gives every class its share. SDCA pulls features to the distribution of their class. DRSL models the
 variation inside a class.
 
 Notation
 --------
     N images   C classes (index c)   K modes per class (index k)   E embedding size   n pixels   h x w feature grid
-    P_i(c)  probability of class c at pixel i, by the segmentation head        y_i  ground truth (source) or
-    pseudo-label (target), 255 = ignore        V  pixels with y_i != 255        tau_c  threshold of class c
-    e_i     embedding of pixel i, unit length      R_ck  representative (centre) of mode k of class c, unit length
-    d2_ck   squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]         sigma  common width of all modes
-    q_ik    share of pixel i that mode k of its class gets      epsilon  how soft that is      m_i  mode of pixel i
-    alpha   margin    A  modes with pixels of both domains    M  pairs per mode    [x]_+ = max(x, 0)    lambda_*, w_own
-    weights. Raised s and t: source, target.
+    y_i     ground truth (source) or pseudo-label (target) of pixel i, 255 = ignore      V  pixels with y_i != 255
+    P_i(c)  probability of class c at pixel i, by the segmentation head      tau_c  threshold of class c
+    e_i     embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
+    d2_ck   squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
+    m_i     mode of pixel i inside its class        q_ik   share of pixel i that mode k of its class gets
+    epsilon  softness of q    alpha  margin    A  modes with pixels of both domains    M  pairs per mode
+    lambda_*, w_own  weights    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
 
 Equations
 ---------
@@ -56,66 +57,65 @@ Equations
     DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             a_j, b_j: random pixels of the mode, with replacement; source pixels map to it by m_i, target pixels by
-             DRSL-19
+             a_j, b_j: random pixels of the mode, with replacement; a source pixel's mode is m_i, a target's DRSL-19
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c = the confidence at place floor(portion n_c) of the n_c target pixels predicted as c, in falling
-             order; 1 if that is place 0                                                               CBST  [F]
+    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top;
+             1 if that number is 0                                                                     CBST  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
     DRSL-16  portion of the next round = min(portion + portion_step, portion_max)                            [F]
-    DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k; then three times: q_ik / (sum of q_jk
-             over the pixels j of the same class), and again q_ik / (sum over k); m_i = argmax_k q_ik        [U]
+    DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k. Then three times: q_ik is divided by
+             its sum over all pixels of the class y_i, and by its sum over k. m_i = argmax_k q_ik            [U]
     DRSL-18  L_own = -mean_i log [ p_{y_i m_i} / sum_k p_{y_i k} ]                                           [U]
     DRSL-19  the mode to which any target pixel maps: argmin_{c,k} d2_ck                      --align-over all [U]
     DRSL-20  effective modes of class c = exp(-sum_k s_ck log s_ck), s_ck: share of mode k in c's pixels   (a meter)
 
-The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out (see the end of this file). No
+The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named above parse_args. No
 gradient flows through m, q and pseudo-labels.
 
 Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
 after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from. DRSL-17 is
-Sinkhorn's algorithm: in turn, every mode of a class gets the same sum and every pixel the sum 1. After three rounds
-modes that lie near each other have nearly equal shares of their class, and modes far apart keep their own pixels.
+Sinkhorn's algorithm: it gives the modes of a class equal shares of its pixels. Three rounds do so nearly where modes
+lie close together, and leave modes that are far apart as uneven as their pixels.
 
 The algorithm                                                             paper's notion -> function
 -------------                                                             --------------------------
 1. Source-only training [F], or --init.                                   train_source
-2. Mode warm-up on source [I]: the head alone for --head-iterations,      train_modes
-   then K-means per class on the sphere sets R.                           kmeans_modes
-3. --iterations steps of the network, as many as with --plain. In the     step_losses
-   first --joint-iterations of them it learns from source alone, with
-   the modes [I]. The others are divided into rounds [F]: label the       label_target
-   target train images, class-balanced, DRSL-14, -15                      class_thresholds, pseudo_labels
-   then train on batches of source and target images with DRSL-10:
+2. Mode warm-up on source [I]: for --head-iterations the head learns      train_modes
+   and the network stands still, then K-means per class sets R.           kmeans_modes
+3. --iterations steps of the network, as many as with --plain: first      step_losses
+   --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
+   then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
+   class-balanced (DRSL-14, -15), and trains on both domains (DRSL-10):   pseudo_labels
      segmentation head, DRSL-1, -2                                        segmentation_loss
-     multi-modal head, its embeddings e and distances d2                  ModeHead
-     multi-modal distribution learning, DRSL-3 to -5, -6, -18, -7         mode_cross_entropy, margin_loss,
-                                                                          own_mode_cross_entropy, mode_loss
+     multi-modal head, its e and d2                                       ModeHead
+     multi-modal distribution learning, DRSL-7:                           mode_loss
+       DRSL-3 to -5, DRSL-6, DRSL-18                                      mode_cross_entropy, margin_loss,
+                                                                          own_mode_cross_entropy
      mode assignment, DRSL-8, -17, -19                                    assign_modes, balanced_assignment,
                                                                           nearest_modes
      stochastic mode alignment, DRSL-9A                                   stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-What changes the method, where the sources are silent or differ (the rest stands at the end of this file)
----------------------------------------------------------------------------------------------------------
+What changes the method where the sources are silent or differ (all else stands above parse_args)
+-------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
 2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image.
-3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, labelled
-   or not (--align-over all).
+3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
+   without a pseudo-label (--align-over all).
 4. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
-5. Not here: the abstract's "explicitly disentangled" features (both heads read the same ones, and only L_mm asks them
-   for the variation inside a class), and its margins of 2.3 and 2.5 mIoU on SYNTHIA, which nobody has tried to repeat.
+5. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
+   the variation inside a class), and the abstract's margins over others, 2.3 and 2.5 mIoU on SYNTHIA, never tried here.
 
-    setting                            RepMet or CRST      here
-    sigma                              0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 only to 0.67 (C=19)
-    K, E                               5, 256              3, 256 (toy 64)
-    scale of the training images       0.5 to 1.5          1 to 1.5, colour jitter (toy: no scaling)
-    lambda_mm, lambda_sma, M           no counterpart      0.3, 1, 64
+    setting                        RepMet or CRST      here
+    sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
+    K, E                           5, 256              3, 256 (toy 64)
+    scale of the training images   0.5 to 1.5          1 to 1.5, colour jitter (toy: no scaling)
+    lambda_mm, lambda_sma, M       no counterpart      0.3, 1, 64
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, plain self-training
 36.4, DRSL 36.9 mIoU (--modes 1: 37.0), recall on rare looks 33.4, 34.2, 39.9, 40.8 (40.7) %; 7 minutes on one thread of
-an AVX2 core, 0.9 GB. So several modes gain nothing on one: on this toy they are mostly parts of things that both
-domains share, not looks. And in other worlds DRSL's gain on plain self-training is no larger than its error.
+an AVX2 core, 0.9 GB. So several modes gain nothing over one: on this toy they are mostly parts of things that both
+domains share, not looks. In other worlds DRSL's gain over plain self-training is no larger than its error.
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --plain                                        # plain self-training, in runs/plain-toy-s0
@@ -248,7 +248,8 @@ def nearest_modes(d2):
 def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, generator=None, *, shape):
     """DRSL-9A: distance of random source and target pixels of the same (class, mode), mean over the modes both have.
 
-    e (n, E), labels (n,), 255 ignored, modes (n,), shape (C, K). Exactly 0 if no mode is shared.
+    e (n, E), labels (n,), 255 ignored, modes (n,), shape (C, K). Exactly 0 if no mode is shared. All modes at once;
+    tests/benchmark.py has it as a loop over the shared ones.
     """
     if len(e_s) == 0 or len(e_t) == 0:
         return 0 * (e_s.sum() + e_t.sum())
@@ -564,7 +565,7 @@ def log_modes(model, head, source, target, args, run, images=40):
 #     divided by 512. Here: three means over the same pixels.
 #  7. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
 #  8. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
-#  9. Labels of the modes. They live on the grid of stride 8, each cell labelled by the pixel at its centre.
+#  9. What is embedded. RepMet: boxes. Here: the cells of the stride-8 grid, each labelled by the pixel at its centre.
 # 10. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all --iterations, with a ramp and
 #     poly decay over them (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's.
 # 11. Batch norm. CRST: frozen statistics. Here: what --batch-norm says, from the mode warm-up on. If it is live, each
@@ -595,11 +596,11 @@ def parse_args():
         help="steps of the network: the joint ones and all rounds [F: 2 epochs a round]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-5),
         help="base learning rate of the adaptation [F]")
-    add("--portion", type=common.fraction, metavar="p_0", default=common.by_source(0.3, 0.2),
-        help="kept share of each predicted class, first round [F]")
+    add("--portion", type=common.fraction, metavar="X", default=common.by_source(0.3, 0.2),
+        help="kept share of the pixels predicted as each class, first round [F]")
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
-        help="delta_p, its growth per round [F]")
-    add("--portion-max", type=common.fraction, metavar="p_max", default=0.5, help="its bound [F]")
+        help="its growth per round [F]")
+    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="its bound [F]")
     add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
         help="E, embedding size [U; RepMet 256]")
@@ -642,12 +643,13 @@ def main():
     # Step 2: modes of the source classes, under the adaptation's batch norm. Plain self-training has none.
     head = None if args.plain else train_modes(model, source, args, run)
 
-    # Step 3: joint steps on source (r = 0), then rounds of pseudo-labels and training on both domains.
+    # Step 3: the joint steps on source (r = 0), then rounds of pseudo-labels and training on both domains.
     optimizer = make_optimizer_with_modes(model, head, args)
     parts = {"optimizer": optimizer} if args.plain else {"optimizer": optimizer, "head": head}
     done = run.load("last.pt", model, **parts)
     network, mode_head = common.distribute(model, args), None if args.plain else common.distribute(head, args)
     joint = 0 if args.plain else args.joint_iterations
+    # Round r ends after step ends[r].
     ends = [joint + (args.iterations - joint) * r // args.rounds for r in range(args.rounds + 1)]
     for r, (first, last) in enumerate(zip([0, *ends], ends)):
         if done >= last:

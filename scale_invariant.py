@@ -16,7 +16,7 @@ The idea in five sentences
    confidence where it predicts that class, and the union of every class's best few is selected.
 3. In each class's list the best image that was not kept sets an entropy threshold for that class, anew in every round.
 4. Random windows of half the height and width are cut from each selected image and enlarged by two; their label is the
-   prediction made on the whole image, enlarged as well, except where its entropy misses the threshold of its class.
+   prediction made on the whole image, enlarged as well, except where its entropy reaches the threshold of its class.
 5. The network trains on source images by cross-entropy and on the enlarged windows by cross-entropy and a focal loss,
    which is there against class imbalance [P]; then the next round selects a larger share.
 
@@ -26,9 +26,9 @@ Why the best image not kept? It stands just outside the images that are trusted 
 image becomes a label only if its normalised entropy is below the mean of that first image which is not trusted. As the
 portion grows, this border moves down the list, and the threshold follows. (Our reading [U]: the code gives no reason.)
 
-The abstract's premise is that enlarged patches have high entropy [P]. Here it hardly holds: on the toy the network is
-about as certain of the enlarged window as of the whole image, and wrong. Entropy cannot see that. The cross-entropy
-between the two views can, and both are measured (see "meters (ours)").
+The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. Here it hardly
+holds: on the toy the network is about as certain of an enlarged window as of the whole image, and wrong. Entropy cannot
+see that. The cross-entropy between the two views can, and both are measured: see "meters (ours)".
 
 Notation
 --------
@@ -43,8 +43,8 @@ Notation
     l_i      cross-entropy at pixel i: -ln of the probability which the network in training gives to the label there
     V_s, V_t    the source and the target pixels whose label is not 255
 
-Equations, all from the authors' code [C]; LSE-1 to LSE-13 without a gap
-------------------------------------------------------------------------
+Equations, all from the authors' code [C]; the numbers 1 to 13 have no gap
+--------------------------------------------------------------------------
 The authors divide the portion p_r among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
     LSE-1    L_src = mean_{V_s} l_i                                             source image, true label
     LSE-2    L_ce = mean_{V_t} l_i                                              patch, transferred label
@@ -75,7 +75,7 @@ The algorithm [C]                                                           pape
      filter: LSE-10                                                         keep_confident
      transfer the labels across scales: LSE-12                              random_windows, transfer_labels, Views
 4. Train on source images and patches: LSE-1 to -4.                         step_losses
-   Enlarge p, LSE-13, and go to 2.                                          round_portion, round_steps
+   Increase p, LSE-13, and go to 2.                                         round_portion, round_steps
 5. Evaluate the last checkpoint.
 
 Deviations that change the method (the others stand at the end of this file)
@@ -374,20 +374,20 @@ def view_examples(view, images, corners, size):
 def label_target(model, examples, thresholds, args):
     """Step 3, the idea: what the network says of a whole image becomes the label of its patches.
 
-    Yields what common.write_pseudo_labels writes: name, true label (of the toy, for the log alone) and label (1, H, W).
+    Yields what common.write_pseudo_labels takes: name, and on the toy the truth, for the log alone; label (1, H, W).
     """
     images = sorted({image for image, *_ in examples})  # T_r
     dataset = Subset(common.target_dataset(args, "train", labelled=args.source == "toy"), images)
     for number, item, prob in each_prediction(model, dataset, args):
         label = prob.max(0).indices  # (H, W)
-        normalised = normalised_entropy(pixel_entropy(prob), label)  # (H, W)
-        keep = keep_confident(normalised, label, thresholds.to(args.device))  # (H, W)
-        for image, n, *window in examples:
-            if image == images[number]:
-                batch = {"name": [f"{item['name']}_{n}"]}
-                if "label" in item:
-                    batch["label"] = enlarge_labels(cut(item["label"], *window), args.size)[None]  # (1, H, W)
-                yield batch, transfer_labels(cut(prob, *window), cut(keep, *window), args.size, args.mask_mode)[None]
+        normalised = normalised_entropy(pixel_entropy(prob), label)  # LSE-11, -7: (H, W)
+        keep = keep_confident(normalised, label, thresholds.to(args.device))  # LSE-10: (H, W)
+        for n, *window in (example for image, *example in examples if image == images[number]):
+            batch = {"name": [f"{item['name']}_{n}"]}
+            if "label" in item:
+                batch["label"] = enlarge_labels(cut(item["label"], *window), args.size)[None]  # (1, H, W)
+            # LSE-12
+            yield batch, transfer_labels(cut(prob, *window), cut(keep, *window), args.size, args.mask_mode)[None]
 
 
 def start_round(model, args, folder, r):
@@ -468,42 +468,35 @@ class FCN8s(nn.Module):
         top = [fc6, nn.ReLU(inplace=True), nn.Dropout2d(0.5), fc7, nn.ReLU(inplace=True), nn.Dropout2d(0.5)]
         self.backbone = nn.ModuleList([nn.Sequential(*layers[:17]), nn.Sequential(*layers[17:24]),  # to pool3, to pool4
                                        nn.Sequential(*layers[24:], *top)])
-        self.feature_dim = 4096
         self.classifier = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in (256, 512, 4096))
         for score in self.classifier:
             nn.init.zeros_(score.weight)
             nn.init.zeros_(score.bias)
-        self.upsampling = nn.ModuleList(bilinear_upsampling(num_classes, factor) for factor in (8, 2, 2))
 
     def forward(self, images):
-        H, W = images.shape[2:]
         pool3 = self.backbone[0](images)  # (N, 256, .., ..), stride 8
         pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
         fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
         score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
         coarse = self.classifier[2](fc7)
         with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits stay fp32
-            score = self.upsampling[2](coarse.float())  # stride 16
-            score = score + score4[:, :, 5:5 + score.shape[2], 5:5 + score.shape[3]]
-            score = self.upsampling[1](score)  # stride 8
-            score = score + score3[:, :, 9:9 + score.shape[2], 9:9 + score.shape[3]]
-            logits = self.upsampling[0](score)[:, :, 31:31 + H, 31:31 + W]  # (N, C, H, W)
-        return fc7, logits
+            score = bilinear_upsampling(coarse.float(), 2)  # stride 16
+            score = bilinear_upsampling(score + cut(score4, 5, 5, *score.shape[2:]), 2)  # stride 8
+            score = bilinear_upsampling(score + cut(score3, 9, 9, *score.shape[2:]), 8)
+            return fc7, cut(score, 31, 31, *images.shape[2:])  # (N, C, H, W)
 
 
-def bilinear_upsampling(channels, factor):
-    """Transposed convolution that upsamples each channel bilinearly by `factor`. It never learns."""
-    kernel = 1 - (torch.arange(2 * factor) + 0.5 - factor).abs() / factor  # a triangle
-    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, groups=channels, bias=False)
-    layer.requires_grad_(False).weight.copy_((kernel[:, None] * kernel).expand_as(layer.weight))
-    return layer
+def bilinear_upsampling(maps, factor):
+    """(N, C, h, w) -> (N, C, factor (h + 1), factor (w + 1)), by a transposed convolution that never learns."""
+    line = 1 - (torch.arange(2 * factor, device=maps.device) + 0.5 - factor).abs() / factor  # a triangle
+    kernel = (line[:, None] * line).expand(maps.shape[1], 1, -1, -1)  # (C, 1, 2 factor, 2 factor)
+    return F.conv_transpose2d(maps, kernel, stride=factor, groups=maps.shape[1])
 
 
 def fcn8s_optimizer(model, args):
     """The authors' Adam for FCN8s: no weight decay, and biases learn at twice the rate [C]."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "scale": 1.0},
-              {"params": [p for p in trained if p.ndim == 1], "scale": 2.0}]
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1], "scale": 1.0},
+              {"params": [p for p in model.parameters() if p.requires_grad and p.ndim == 1], "scale": 2.0}]
     return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), fused=args.device == "cuda")
 
 
@@ -512,21 +505,21 @@ NETWORKS = {"deeplab": common.DeepLabV2, "fcn8s": FCN8s}
 
 # =================================================== meters (ours) ===================================================
 # What the method rests on: how differently the network sees a window enlarged and as part of the whole image. Logged in
-# every round, on one window of every selected image. result.json holds the same of the target's validation images, cut
-# into their 2 x 2 half-size windows: `before` (the source-only model, its batch norm settled) and `after`.
+# every round, for one window of each selected image. result.json holds the same for the target's validation images, cut
+# into 2 x 2 half-size windows: `before` (the source-only model, its batch norm settled) and `after`.
 
 
 def view_agreement(seen, there):
-    """Of one patch, (3,): entropy_gap, the entropy on the patch minus that of the whole image's prediction there, which
-    is the abstract's premise; cross_entropy against the whole image's label; agreement, the share of equal argmax.
+    """entropy_gap, cross_entropy and agreement of one patch, (3,).
 
-    seen (C, H, W): probabilities predicted on the patch; there (C, H, W): those of the whole image, enlarged.
+    seen (C, H, W): probabilities predicted on the patch; there (C, H, W): those of the whole image, enlarged. The gap
+    of their entropies is the abstract's premise. The cross-entropy is of `seen` against the label that `there` gives.
     """
     label = there.max(0).indices  # (H, W)
-    gap = (pixel_entropy(seen) - pixel_entropy(there)).mean()
+    entropy_gap = (pixel_entropy(seen) - pixel_entropy(there)).mean()
     cross_entropy = F.nll_loss((seen + 1e-12).log()[None], label[None])
     agreement = (seen.max(0).indices == label).to(seen.dtype).mean()
-    return torch.stack([gap, cross_entropy, agreement])
+    return torch.stack([entropy_gap, cross_entropy, agreement])
 
 
 def compare_views(model, dataset, corners, args):
@@ -544,8 +537,8 @@ def compare_views(model, dataset, corners, args):
             if "label" in item:
                 truth = enlarge_labels(cut(item["label"], *window), size).to(args.device)  # (H, W)
                 metric.update(seen.max(0).indices, truth)
-    gap, cross_entropy, agreement = (common.all_sum(total) / (corners.numel() / 2)).tolist()
-    told = {"entropy_gap": gap, "cross_entropy": cross_entropy, "agreement": agreement}
+    means = (common.all_sum(total) / (corners.numel() / 2)).tolist()
+    told = dict(zip(("entropy_gap", "cross_entropy", "agreement"), means))
     metric.sum_processes(args.device)
     return {**told, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else told
 
@@ -678,7 +671,7 @@ if __name__ == "__main__":
 #     the kind on which the network is trained, drawn from all target images.
 # 10. Optimizer of DeepLab. Authors: it lists a body weight about three times and a head weight once, and moves each as
 #     often in every step. Here: each once. To move weights as far, give about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
-# 11. The published ResNet-101 row of SYNTHIA. A log [N] with just these scores has a rate of 1e-12, with which no
+# 11. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a rate of 1e-12, with which no
 #     weight moves: they are the scores of its start, whose making is unknown.
 # 12. Rate over time. Authors: constant for VGG, poly in each round for DeepLab. Here: poly, in each round with
 #     --iterations 0, after a --ramp. Constant: --power 0 --ramp 0.
@@ -691,4 +684,3 @@ if __name__ == "__main__":
 #     both has (1 + n_p) / n_p times the steps.
 # 16. Source-only start. Authors: files whose making is partly known. Here: trained by source_only.py or in this file,
 #     FCN8s too, by --optimizer. The authors' Adam begins with the adaptation.
-# 17. Evaluation. Authors: probabilities are upsampled. Here: logits are, as in all files.

