@@ -1,29 +1,31 @@
-"""What is hot, measured: each function against its textbook form, each step of a method against plain self-training.
+"""What things cost, measured: hot functions, a step of every method, the pictures; and what real runs cost, computed.
 
-    python tests/benchmark.py [--device cpu|cuda]
-    python tests/benchmark.py --plan [SCRIPT ...] [FLAGS OF THE SCRIPTS]      # what a run costs, computed, not measured
-    python tests/benchmark.py --plan --measure                                # and, on a GPU, a step of each beside it
+    python tests/benchmark.py [--device cpu|cuda]         hot functions against their textbook form, steps against plain
+    python tests/benchmark.py --data [ROOT]               processor time of every picture: of the toy, or of files
+    python tests/benchmark.py --plan [SCRIPT ...] [FLAGS OF THE SCRIPTS]      what a run costs, without running it
+    python tests/benchmark.py --plan --measure            and steps, labelling and evaluation on this machine beside it
+    python tests/benchmark.py --gpu ROOT [FLAGS]          all that a GPU should be asked, in a quarter of an hour
 
 Not a test: pytest does not collect this file, and no time here is asserted anywhere. Every time is the median of
-several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds, on CUDA as the allocator
-tells it. On the CPU it is measured for SDCA's statistics alone, in processes of their own, which time two calls and
-report the faster; their textbook form needs 6.3 GiB.
+several runs after a warm-up, and the steps take turns. Memory is the peak that the call adds, as the allocator on CUDA
+tells it; on a CPU it is not measured. The functions named ..._textbook are the equations by the letter.
 """
 
 import argparse
 import contextlib
 import copy
 import gc
-import math
-import multiprocessing
-import re
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -38,24 +40,27 @@ import scale_invariant as lse
 import sdca
 import source_only
 
+PROJECT = Path(__file__).parent.parent
 
-def measure_once(function, device):
+
+def measure_once(function, device, clock=time.perf_counter):
     """Milliseconds and peak additional GiB (None on the CPU) of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    started = time.perf_counter()
+    started = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    taken = 1000 * (time.perf_counter() - started)
+    taken = 1000 * (clock() - started)
     return taken, (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
 
 
-def measure(function, device, runs=7):
+def measure(function, device, runs=7, warm_up=1):
     """Median milliseconds and peak additional GiB (None on the CPU) of one call, after a warm-up."""
-    function()
+    for _ in range(warm_up):
+        function()
     times, peaks = zip(*(measure_once(function, device) for _ in range(runs)))
     return statistics.median(times), peaks[-1]
 
@@ -64,6 +69,9 @@ def report(title, ours, textbook, device, runs=7):
     (a, peak_a), (b, peak_b) = measure(ours, device), measure(textbook, device, runs)
     memory = "" if peak_a is None else f"   memory {peak_a:.3f} / {peak_b:.3f} GiB"
     print(f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms   {b / a:6.1f} x faster{memory}", flush=True)
+
+
+# ==================================== hot functions against their textbook form ====================================
 
 
 def squared_distances_textbook(e, R):
@@ -83,68 +91,6 @@ def alignment_textbook(e_s, y_s, m_s, e_t, y_t, m_t, pairs=64):
     return torch.stack(terms).mean()
 
 
-def thresholds_textbook(confidence, label, num_classes, portion):
-    """DRSL-14 by full sorts in the order of the description."""
-    tau = torch.ones(num_classes, device=confidence.device)
-    for c in range(num_classes):
-        values = confidence[label == c].sort(descending=True).values
-        if int(portion * len(values)):
-            tau[c] = values[int(portion * len(values)) - 1]
-    return tau
-
-
-def confusion_textbook(pred, label, classes):
-    """A loop over the pairs of classes."""
-    return torch.tensor([[((label == i) & (pred == j)).sum() for j in range(classes)] for i in range(classes)])
-
-
-def sinkhorn_textbook(problems, marginal, epsilon=0.05, iterations=3):
-    """CPSL-6 by the letter, one problem (B, K) after the other: K x B matrices of exponentials."""
-    results = []
-    for scores in problems:
-        Q = (scores / epsilon).exp().T
-        Q = Q / Q.sum()
-        for _ in range(iterations):
-            Q = Q * (marginal / Q.sum(1))[:, None]
-            Q = Q / Q.sum(0) / Q.shape[1]
-        results.append((Q * Q.shape[1]).T)
-    return torch.stack(results)
-
-
-def symmetric_cross_entropy_textbook(logits, label, alpha=0.1, beta=1.0):
-    """CPSL-2 to CPSL-4 with probabilities, one-hot labels and clamps."""
-    p = logits.softmax(1)
-    one_hot = F.one_hot(label, logits.shape[1]).permute(0, 3, 1, 2).float()
-    reverse = -(p.clamp(1e-7, 1) * one_hot.clamp(1e-4, 1).log()).sum(1)
-    return (alpha * -(one_hot * p.clamp(min=1e-7).log()).sum(1) + beta * reverse).mean()
-
-
-def class_sums_textbook(features, label, num_classes):
-    """A loop over images and classes."""
-    sums = features.new_zeros(num_classes, features.shape[1])
-    for maps, y in zip(features, label):
-        for k in range(num_classes):
-            if (y == k).any():
-                sums[k] += maps[:, y == k].mean(1)
-    return sums
-
-
-def cpsl_equations(device):
-    """The sizes of the real task: 2 images, 19 classes, a bank of 65536 and 256 pixels per image, a 65 x 129 grid."""
-    C = 19
-    scores, marginal = torch.rand(2, 65536 + 256, C, device=device) * 2 - 1, torch.rand(C, device=device).softmax(0)
-    report("CPSL-6 Sinkhorn, 2 images with a full bank", lambda: cpsl.sinkhorn(scores, marginal),
-           lambda: sinkhorn_textbook(scores, marginal), device)
-    logits = torch.randn(2, C, 512, 1024, device=device, requires_grad=True)
-    label = torch.randint(C, (2, 512, 1024), device=device)
-    report("CPSL-4 symmetric CE at 512x1024, forward and backward",
-           lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
-           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
-    features, label = torch.randn(2, 2048, 65, 129, device=device), torch.randint(C, (2, 65, 129), device=device)
-    report("CPSL class means of 2 feature maps", lambda: cpsl.class_sums(features, label, C),
-           lambda: class_sums_textbook(features, label, C), device)
-
-
 def drsl_equations(device):
     """The sizes of the real task: 65 x 129 grid positions, 19 classes, 3 modes, 256 dimensions."""
     C, K, E, n = 19, 3, 256, 65 * 129
@@ -159,20 +105,28 @@ def drsl_equations(device):
     report("DRSL-9A alignment, forward and backward",
            lambda: drsl.stochastic_mode_alignment(e, y, m, e_t, y_t, m_t, shape=(C, K)).backward(),
            lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
-    confidence, label = torch.rand(2_000_000, device=device), torch.randint(C, (2_000_000,), device=device)
-    report("DRSL-14 thresholds of 2 million pixels", lambda: drsl.class_thresholds(confidence, label, C, 0.3),
-           lambda: thresholds_textbook(confidence, label, C, 0.3), device)
-    pred, label = torch.randint(C, (1024, 2048), device=device), torch.randint(C, (1024, 2048), device=device)
-    metric = common.MeanIoU(C)
-    report("confusion matrix at 1024x2048", lambda: metric.update(pred, label),
-           lambda: confusion_textbook(pred, label, C), device)
+
+
+def symmetric_cross_entropy_textbook(logits, label, alpha=0.1, beta=1.0):
+    """CPSL-2 to CPSL-4 with probabilities, one-hot labels and clamps."""
+    p = logits.softmax(1)
+    one_hot = F.one_hot(label, logits.shape[1]).permute(0, 3, 1, 2).float()
+    reverse = -(p.clamp(1e-7, 1) * one_hot.clamp(1e-4, 1).log()).sum(1)
+    return (alpha * -(one_hot * p.clamp(min=1e-7).log()).sum(1) + beta * reverse).mean()
+
+
+def cpsl_equations(device):
+    logits = torch.randn(2, 19, 512, 1024, device=device, requires_grad=True)
+    label = torch.randint(19, (2, 512, 1024), device=device)
+    report("CPSL-4 symmetric CE at 512x1024, forward and backward",
+           lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
+           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
 
 
 def class_statistics_textbook(features, labels, classes):
     """SDCA-10 for one batch as ISDA wrote it down: every pixel spread over all classes, (n, C, D) tensors."""
-    member = F.one_hot(torch.where(labels == common.IGNORE, classes, labels), classes + 1)[:, :classes, None].to(
-        features
-    )  # (n, C, 1)
+    member = torch.where(labels == common.IGNORE, classes, labels)  # (n,)
+    member = F.one_hot(member, classes + 1)[:, :classes, None].to(features)  # (n, C, 1)
     count = member.sum(0).clamp(min=1)  # (C, 1)
     spread = features[:, None] * member  # (n, C, D)
     mean = spread.sum(0) / count  # (C, D)
@@ -203,74 +157,15 @@ def lovasz_textbook(prob, label):
     return torch.stack(losses).mean()
 
 
-def medians_textbook(prob):
-    """SDCA-14 by sorting every pixel's confidence."""
-    confidence, label = prob.max(1)
-    values = [confidence[label == c].sort().values for c in range(prob.shape[1])]
-    return torch.stack([v[round(len(v) / 2)].clamp(max=0.9) if len(v) else v.new_zeros(()) for v in values])
-
-
-def one_feature_map(device, n=90 * 160, D=2048, C=19):
-    """Features and labels of one GTA5 image at stride 8, a twentieth of it void."""
+def sdca_equations(device):
+    """One GTA5 feature map: 90 x 160 positions, a twentieth of them void, 2,048 channels; Lovasz on one crop."""
+    C, D, n = 19, 2048, 90 * 160
     labels = torch.randint(C, (n,), device=device)
     labels[::20] = common.IGNORE
-    return torch.randn(n, D, device=device), labels, C
-
-
-def statistics_form(textbook, device="cpu"):
-    """A function without arguments that computes the class statistics of one feature map."""
-    features, labels, C = one_feature_map(device)
-    if textbook:
-        return lambda: class_statistics_textbook(features, labels, C)
-    return lambda: sdca.ClassStatistics(C, features.shape[1], device).update(features, labels)
-
-
-def peak_resident():
-    """Peak resident bytes of this process. On Linux not ru_maxrss, which begins with what the parent process held."""
-    status = Path("/proc/self/status")
-    return (
-        1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
-        if status.exists()
-        else common.peak_memory()
-    )
-
-
-def measure_alone(textbook, queue):
-    """For a process of its own: milliseconds (the faster of two calls) and peak GiB that the calls add."""
-    function = statistics_form(textbook)
-    if Path("/proc/self/clear_refs").exists():  # Linux: the peak starts anew from what is in use now
-        Path("/proc/self/clear_refs").write_text("5")
-    before, times = peak_resident(), []
-    for _ in range(2):
-        started = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - started))
-    queue.put((min(times), (peak_resident() - before) / 2**30))
-
-
-def sdca_equations(device):
-    """One GTA5 feature map: 90 x 160 grid positions, 2,048 channels, 19 classes; Lovasz on one crop of 512x1024."""
-    title = "SDCA-10 class statistics"
-    if device == "cuda":
-        report(title, statistics_form(False, device), statistics_form(True, device), device)
-    else:  # the peak of a process's memory never falls: each form gets a process
-        results, context = [], multiprocessing.get_context("spawn")
-        for textbook in (False, True):
-            queue = context.Queue()
-            process = context.Process(target=measure_alone, args=(textbook, queue))
-            process.start()
-            results.append(queue.get())
-            process.join()
-        (a, peak_a), (b, peak_b) = results
-        print(
-            f"{title:52} {a:9.2f} ms   textbook {b:9.2f} ms  {b / a:6.1f} x faster  memory {peak_a:.3f} / {peak_b:.3f} "
-            f"GiB ({peak_b / max(peak_a, 1e-3):.0f} x less)",
-            flush=True,
-        )
-    features, labels, C = one_feature_map(device)
-    features.requires_grad_()
-    known = sdca.ClassStatistics(C, features.shape[1], device)
+    features, known = torch.randn(n, D, device=device, requires_grad=True), sdca.ClassStatistics(C, D, device)
     known.update(features, labels)
+    report("SDCA-10 class statistics", lambda: sdca.ClassStatistics(C, D, device).update(features, labels),
+           lambda: class_statistics_textbook(features.detach(), labels, C), device, runs=2)
     report("SDCA-5 bound, forward and backward",
            lambda: sdca.contrastive_bound(features, labels, known.mean, known.variance).backward(),
            lambda: bound_textbook(features, labels, known.mean, known.variance).backward(), device)
@@ -278,56 +173,9 @@ def sdca_equations(device):
     label = torch.randint(C, (1, 512, 1024), device=device)
     report("SDCA-1 Lovasz-softmax, forward and backward", lambda: sdca.lovasz_softmax(prob, label).backward(),
            lambda: lovasz_textbook(prob, label).backward(), device)
-    report("SDCA-14 medians of half a million pixels", lambda: sdca.class_thresholds(sdca.confidence_histogram(prob)),
-           lambda: medians_textbook(prob), device)
 
 
-def filter_textbook(normalised, prob, thresholds):
-    """LSE-10 pixel by pixel, each finding its class for itself: the form of the authors' loop. numpy arrays."""
-    keep = np.zeros(normalised.shape, bool)
-    for y in range(keep.shape[0]):
-        for x in range(keep.shape[1]):
-            keep[y][x] = normalised[y][x] < thresholds[np.argmax(prob[y][x])]
-    return keep
-
-
-def ranking_textbook(prob):
-    """LSE-5, -7 and -11 of one image pixel by pixel, prob (H, W, C) as a list: s and u, None for an absent class."""
-    pixels = [[] for _ in prob[0][0]]
-    for row in prob:
-        for p in row:
-            best = max(p)
-            pixels[p.index(best)].append((best, -sum(v * math.log(v + 1e-12) for v in p)))
-    s, u = [], []
-    for mine in pixels:
-        entropies = [e for _, e in mine]
-        low, span = (min(entropies), max(entropies) - min(entropies) or 1) if mine else (0, 1)
-        s.append(sum(q for q, _ in mine) / len(mine) if mine else None)
-        u.append(sum((e - low) / span for e in entropies) / len(mine) if mine else None)
-    return s, u
-
-
-def lse_equations(device):
-    """One target image of the real task: 512x1024, 19 classes."""
-    C, H, W = 19, 512, 1024
-    logits = 3 * torch.randn(1, C, H // 8, W // 8, device=device).to(
-        memory_format=torch.channels_last
-    )  # as networks give them
-    prob = common.upsample(logits, (H, W)).softmax(1)[0]
-    label, thresholds = prob.argmax(0), torch.rand(C, device=device)
-    normalised = lse.normalised_entropy(lse.pixel_entropy(prob), label)
-    arrays = normalised.cpu().numpy(), prob.permute(1, 2, 0).contiguous().cpu().numpy(), thresholds.cpu().numpy()
-    report("LSE-10 filter of an image, predicted classes given",
-           lambda: lse.keep_confident(normalised, label, thresholds), lambda: filter_textbook(*arrays), device, runs=3)
-    report("LSE-10 filter of an image from its probabilities",
-           lambda: lse.keep_confident(normalised, prob.max(0).indices, thresholds), lambda: filter_textbook(*arrays),
-           device, runs=3)
-    report("LSE-5, -7, -11 ranking statistics of an image",
-           lambda: (lse.image_confidence(prob), lse.image_uncertainty(prob)),
-           lambda: ranking_textbook(arrays[1].tolist()), device, runs=3)
-
-
-# One step of each method on the same network and batch, against plain self-training: cross-entropy on both domains.
+# =============================== a step of every method, against plain self-training ===============================
 
 
 def settings(module, *flags):
@@ -339,76 +187,129 @@ def settings(module, *flags):
 class Step:
     """A training step that minimises losses()["loss"]. kept: what the method holds beside what it trains."""
 
-    def __init__(self, optimizer, losses, kept=(), follow=lambda: None):
-        self.optimizer, self.losses, self.kept, self.follow = optimizer, losses, kept, follow
+    def __init__(self, losses, *optimizers, kept=(), follow=lambda: None):
+        self.losses, self.optimizers, self.kept, self.follow = losses, optimizers, kept, follow
 
     def __call__(self):
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.losses()["loss"].backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.follow()
 
 
-def lse_step(model, x_s, y_s, x_t, y_t, args):
-    return Step(lse.make_optimizer(model, args), lambda: lse.step_losses(model, (x_s, y_s), (x_t, y_t), args))
+def seen(images):
+    """What `common.training_batches` makes of bytes on the device."""
+    return common.normalise(common.colour_jitter(images, 0, 2, 0))
 
 
-def cpsl_step(model, x_s, y_s, x_t, y_t, args):
+# Each of these takes a network, (image, label) of both domains, the images as bytes, and the script's arguments.
+
+
+def source_step(model, source, target, args):
+    """The step of `train_source`, and of SDCA's training on pseudo-labels."""
+    network, (x_s, y_s) = common.distribute(model, args), source
+
+    def losses():
+        with common.autocast(args):
+            _, logits = network(seen(x_s))
+        return {"loss": source_only.segmentation_loss(logits, y_s)}
+
+    return Step(losses, source_only.make_optimizer(model, args))
+
+
+def lse_step(model, source, target, args):
+    network, (x_s, y_s), (x_t, y_t) = common.distribute(model, args), source, target
+    make_optimizer = lse.fcn8s_optimizer if args.network == "fcn8s" else lse.make_optimizer
+    return Step(lambda: lse.step_losses(network, (seen(x_s), y_s), (seen(x_t), y_t), args), make_optimizer(model, args))
+
+
+def cpsl_step(model, source, target, args):
     """With a full bank, and with labels by the warm-up model and the momentum copy: two forward passes more."""
-    K, device = model.classifier[0].out_channels, x_s.device
-    head = cpsl.SelfLabelingHead(K, model.feature_dim).to(device)
+    (x_s, y_s), (x_t, _), D = source, target, model.feature_dim
+    head = cpsl.SelfLabelingHead(len(common.task_classes(args.source)), D).to(x_s.device)
     torch.nn.init.normal_(head.prototypes)
-    frozen = copy.deepcopy(model).eval(), copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
-    bank = cpsl.MemoryBank(args.bank, model.feature_dim, device)
-    bank.push(F.normalize(torch.randn(args.bank, model.feature_dim, device=device), dim=1))
+    warm, momentum = copy.deepcopy(model).eval(), copy.deepcopy(model)
+    momentum_head, bank = copy.deepcopy(head).requires_grad_(False), cpsl.MemoryBank(args.bank, D, x_s.device)
+    bank.push(F.normalize(torch.randn(args.bank, D, device=x_s.device), dim=1))
+    models = SimpleNamespace(
+        network=common.distribute(model, args), self_labeling=common.distribute(head, args), head=head, bank=bank,
+        warm_up=common.compiled(warm, args), momentum=common.compiled(momentum, args), momentum_head=momentum_head)
 
     def follow():
-        cpsl.update_average(frozen[1], model, args.ema)
-        cpsl.update_average(frozen[2], head, args.ema)
+        cpsl.update_average(momentum, model, args.ema)
+        cpsl.update_average(momentum_head, head, args.ema)
 
-    return Step(cpsl.make_optimizer_with_prototypes(model, head, args),
-                lambda: cpsl.step_losses(model, head, frozen, head, bank, (x_s, y_s), x_t, args, 0),
-                [*frozen, bank], follow)
+    return Step(lambda: cpsl.step_losses(models, (seen(x_s), y_s), x_t, args, 0),
+                *cpsl.make_optimizers(model, head, args), kept=[warm, momentum, momentum_head, bank], follow=follow)
 
 
-def sdca_step(model, x_s, y_s, x_t, y_t, args):
-    C = model.classifier[0].out_channels
+def distill_step(model, source, target, args):
+    (x_s, y_s), (x_t, y_t), teacher = source, target, copy.deepcopy(model).eval()
+    network, guide = common.distribute(model, args), common.compiled(teacher, args)
+
+    def losses():
+        strong = common.normalise(cpsl.strong_view(x_t, 0))
+        return cpsl.distill_losses(network, guide, (seen(x_s), y_s), (strong, y_t), args)
+
+    return Step(losses, cpsl.make_optimizer(model, args), kept=[teacher])
+
+
+def sdca_step(model, source, target, args):
+    (x_s, y_s), (x_t, _), C = source, target, len(common.task_classes(args.source))
     known = {level: sdca.ClassStatistics(C, D, x_s.device) for level, D in (("feat", model.feature_dim), ("out", C))}
-    return Step(sdca.make_optimizer(model, args), lambda: sdca.step_losses(model, known, x_s, y_s, x_t, args))
+    network = common.distribute(model, args)
+    return Step(lambda: sdca.step_losses(network, known, seen(x_s), y_s, seen(x_t), args),
+                sdca.make_optimizer(model, args))
 
 
-def drsl_step(model, x_s, y_s, x_t, y_t, args):
-    head = drsl.ModeHead(model.feature_dim, model.classifier[0].out_channels, args.modes, args.embedding).to(x_s.device)
-    target = None if x_t is None else (x_t, y_t)
-    return Step(drsl.make_optimizer_with_modes(model, head, args),
-                lambda: drsl.step_losses(model, head, (x_s, y_s), target, args, None))
+def drsl_step(model, source, target, args):
+    network, head, (x_s, y_s) = common.distribute(model, args), None, source
+    if not args.plain:
+        head = drsl.ModeHead(model.feature_dim, len(common.task_classes(args.source)), args.modes, args.embedding)
+        head.to(x_s.device)
+    mode_head = None if args.plain else common.distribute(head, args)
+
+    def losses():
+        labelled = None if target is None else (seen(target[0]), target[1])
+        return drsl.step_losses(network, mode_head, (seen(x_s), y_s), labelled, args, None)
+
+    return Step(losses, drsl.make_optimizer_with_modes(model, head, args))
+
+
+def modes_step(model, source, target, args):
+    """The step of DRSL's joint training (before it, with the network standing still, steps take less)."""
+    return drsl_step(model, source, None, args)
+
+
+def build_step(form, args, device):
+    """A step of a script with pictures at the sizes that its arguments say, and its network."""
+    C, N, network = len(common.task_classes(args.source)), args.batch_size, common.DeepLabV2
+    if form is lse_step or getattr(args, "head", "") == "proda":
+        network = cpsl.ProDANetwork if form is not lse_step else lse.NETWORKS[args.network]
+    with torch.device(device):
+        model = network(C, args.backbone).train().to(memory_format=torch.channels_last)
+        batches = [(torch.randint(256, (N, 3, H, W), dtype=torch.uint8),
+                    torch.randint(C, (N, H // 8, W // 8)).repeat_interleave(8, 1).repeat_interleave(8, 2))
+                   for H, W in (args.crop, args.size if form is lse_step else args.crop)]  # LSE enlarges to --size
+    if args.batch_norm != "live":
+        common.freeze_batch_norm(model)
+    return form(model, *batches, args), model
 
 
 # title: script, step, flags. Of SDCA the dearest case: every target pixel is confident.
-STEPS = {"plain self-training": (lse, lse_step, "--focal", "off"), "LSE": (lse, lse_step),
+STEPS = {"plain self-training": (drsl, drsl_step, "--plain"), "LSE": (lse, lse_step),
          "CPSL": (cpsl, cpsl_step, "--no-consistency"), "CPSL with consistency": (cpsl, cpsl_step, "--consistency"),
          "SDCA": (sdca, sdca_step, "--delta", "0"), "DRSL": (drsl, drsl_step)}
 
 
-def steps(device, precision, backbone, size, batch, C=19, rounds=15):
-    """Milliseconds of one step of plain self-training and of every method; batch norm is frozen.
-
-    The methods' arguments are the toy's; at the size of the real tasks those of GTA5.
-    """
-    source = "gta5" if size[0] >= 512 else "toy"
-    images = [torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
-    labels = [
-        torch.randint(C, (batch, size[0] // 16, size[1] // 16), device=device)
-        .repeat_interleave(16, 1)
-        .repeat_interleave(16, 2)
-        for _ in range(2)
-    ]
+def steps(device, *flags, rounds=15):
+    """Milliseconds of one step of plain self-training and of every method, with these flags of the scripts."""
     functions = []
-    for module, form, *flags in STEPS.values():
-        model = common.build_network(C, backbone).to(device, memory_format=torch.channels_last).train()
-        common.freeze_batch_norm(model)
-        args = settings(module, "--source", source, "--device", device, "--precision", precision, *flags)
-        functions.append(form(model, images[0], labels[0], images[1], labels[1], args))
+    for module, form, *own in STEPS.values():
+        args = settings(module, "--device", device, *flags, *own)
+        functions.append(build_step(form, args, device)[0])
     for function in functions:
         function()
     # They take turns, so that whatever else disturbs the machine disturbs all of them.
@@ -417,17 +318,17 @@ def steps(device, precision, backbone, size, batch, C=19, rounds=15):
         taken = statistics.median(ms for ms, _ in results)
         ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, times))
         memory = "" if results[0][1] is None else f"   {results[-1][1]:.2f} GiB"
-        print(f"step {backbone} {size[0]}x{size[1]} {batch}+{batch} {precision}  {title:24} {taken:8.1f} ms   "
-              f"{ratio:.2f} x plain{memory}", flush=True)
+        crop = "x".join(map(str, args.crop))
+        print(f"step {args.backbone} {crop} {args.batch_size}+{args.batch_size} {args.precision}  {title:24} "
+              f"{taken:8.1f} ms   {ratio:.2f} x plain{memory}", flush=True)
 
 
-# What a run costs, computed on the device "meta": tensors there have shapes and no values, so it takes no GPU, no data.
+# ========================== what a run costs, computed on a device without values ("meta") ==========================
 
 PRESETS = {"full size": (), "the small preset": ("--preset", "small")}
 SHARE = 0.35  # of the peaks below, for all of a training; a guess
-# Published peaks of dense matrix products in TFLOP/s, for fp32 and bf16. For fp32 those of TF32, which torch's
-# convolutions take unless forbidden: on the two GeForces as fast as fp32 itself, on the A100 8 times (19.5). For bf16
-# those with sums in fp32.
+# Published peaks of dense matrix products in TFLOP/s, for fp32 (those of TF32, which torch's convolutions take unless
+# forbidden: on the two GeForces as fast as fp32 itself) and bf16 with sums in fp32.
 GPUS = {"RTX 3060": (12.7, 25.5), "RTX 4090": (82.6, 165.2), "A100": (156, 312)}
 SIZES = (8, 11, 16, 24, 40, 80)  # GiB of memory, which are sold as GB
 # GiB for what is not counted: gradients of activations on their way (followed through a step on "meta": 0.1 to 0.5),
@@ -477,7 +378,7 @@ def step_cost(step, model):
     flop; weights: of what is trained; copies: weights of the models kept beside it; in bytes, state: all weights,
     gradients, optimizer state and what else is kept; saved: by autograd for the backward pass, beside the state.
     """
-    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+    trained = [p for optimizer in step.optimizers for group in optimizer.param_groups for p in group["params"]]
     weights = list({id(p): p for p in (*model.parameters(), *trained)}.values())  # frozen batch norms too
     kept = [t for part in step.kept for t in part.state_dict().values()]
     resident, saved = [*weights, *model.buffers(), *kept], []
@@ -486,8 +387,10 @@ def step_cost(step, model):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             losses = step.losses()
         losses["loss"].backward()
-    step.optimizer.step()
-    moments = [t for state in step.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    moments = []
+    for optimizer in step.optimizers:
+        optimizer.step()
+        moments += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     return {
         "flop": counter.get_total_flops(),
         "weights": sum(p.numel() for p in weights),
@@ -495,27 +398,6 @@ def step_cost(step, model):
         "saved": storage_bytes([*saved, *resident]) - storage_bytes(resident),
         "state": storage_bytes([*resident, *moments, *(p.grad for p in trained if p.grad is not None)]),
     }
-
-
-def source_step(model, x_s, y_s, x_t, y_t, args):
-    """The step of `train_source`, and of SDCA's training on pseudo-labels."""
-    def losses():
-        with common.autocast(args):
-            _, logits = model(x_s)
-        return {"loss": source_only.segmentation_loss(logits, y_s)}
-
-    return Step(source_only.make_optimizer(model, args), losses)
-
-
-def modes_step(model, x_s, y_s, x_t, y_t, args):
-    """The step of DRSL's mode warm-up (its first part, in which the network stands still, takes less)."""
-    return drsl_step(model, x_s, y_s, None, None, args)
-
-
-def distill_step(model, x_s, y_s, x_t, y_t, args):
-    teacher = copy.deepcopy(model)
-    return Step(cpsl.make_optimizer(model, args),
-                lambda: cpsl.distill_losses(model, teacher, (x_s, y_s), (x_t, y_t), args), [teacher])
 
 
 def lse_steps(args):
@@ -540,39 +422,16 @@ PLANS = {
                                ("distillation", lambda args: args.distill * args.distill_iterations, distill_step)], 1),
     "sdca": (sdca, sdca_step, [WARMUP, ("adaptation", lambda args: args.iterations, sdca_step),
                                ("pseudo-labels", lambda args: args.ssl * args.ssl_iterations, source_step)], 0),
-    "drsl": (drsl, drsl_step, [WARMUP, ("modes", lambda args: args.head_iterations + args.joint_iterations, modes_step),
-                               ("rounds", lambda args: args.iterations, drsl_step)], 1),
+    "drsl": (drsl, drsl_step, [
+        WARMUP, ("modes", lambda args: (not args.plain) * (args.head_iterations + args.joint_iterations), modes_step),
+        ("rounds", lambda args: args.iterations - (not args.plain) * args.joint_iterations, drsl_step)], 1),
 }
 
 
-def build_step(form, args, target_size, device):
-    """A step of a script, with pictures at the sizes that its arguments say, and its network."""
-    C, N = len(common.task_classes(args.source)), args.batch_size
-    with torch.device(device):
-        model = common.build_network(C, args.backbone).train().to(memory_format=torch.channels_last)
-        batches = [t for size in (args.crop, target_size) for t in (
-            torch.randn(N, 3, *size).to(memory_format=torch.channels_last), torch.randint(C, (N, *size)))]
-    if args.batch_norm != "live":
-        common.freeze_batch_norm(model)
-    return form(model, *batches, args), model
-
-
-def planned_cost(form, args, target_size, precision):
+def planned_cost(form, args, precision):
     """`step_cost` of a step with a script's arguments."""
-    args = argparse.Namespace(**{**vars(args), "precision": precision})
     with on_meta():
-        return step_cost(*build_step(form, args, target_size, "meta"))
-
-
-def measured_cost(form, args, target_size, precision):
-    """Milliseconds of such a step on this machine's GPU, and GiB that torch takes there (CUDA itself takes more)."""
-    args = argparse.Namespace(**{**vars(args), "precision": precision, "device": "cuda"})
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step, _ = build_step(form, args, target_size, "cuda")
-    milliseconds, _ = measure(step, "cuda", runs=5)
-    return milliseconds, torch.cuda.max_memory_reserved() / 2**30
+        return step_cost(*build_step(form, SimpleNamespace(**{**vars(args), "precision": precision}), "meta"))
 
 
 def hours(flop, peak):
@@ -585,19 +444,14 @@ def smallest_gpu(gib):
     return next((str(size) for size in SIZES if size >= gib), f">{SIZES[-1]}")
 
 
-def plan(script, flags, costs, on_gpu=False):
-    """A script's row of the table, its schedule and the row of what was measured (all text) and its arguments.
-
-    costs: of steps, known so far. on_gpu: run its step, or else that row is empty.
-    """
-    module, own, stages, idle = PLANS[script]
-    args = settings(module, "--source", "gta5", "--device", "cpu", *flags)
-    target_size = lse.view_size(args) if module is lse else args.crop
+def plan(script, args, costs):
+    """A script's row of the table and its schedule (text). costs: of steps, known so far."""
+    _, own, stages, idle = PLANS[script]
     stages = [(stage, steps(args), form) for stage, steps, form in stages if steps(args)]
     for form in {own, *(form for _, _, form in stages)} - costs.keys():
-        costs[form] = planned_cost(form, args, target_size, "fp32")
+        costs[form] = planned_cost(form, args, "fp32")
     flop = sum(steps * costs[form]["flop"] for _, steps, form in stages)
-    fp32, bf16 = costs[own], planned_cost(own, args, target_size, "bf16")
+    fp32, bf16 = costs[own], planned_cost(own, args, "bf16")
     waiting = idle * costs[source_step]["weights"]
     state = (fp32["state"] + 4 * waiting) / 2**30
     saved = [cost["saved"] / 2**30 for cost in (fp32, bf16)]
@@ -607,15 +461,14 @@ def plan(script, flags, costs, on_gpu=False):
     cells += [f"{gib:6.1f}" for gib in (state, *saved, *peaks)] + [f"{smallest_gpu(gib):>5}" for gib in peaks]
     times = [hours(flop, peak) for pair in GPUS.values() for peak in pair]
     cells += [f"{h:6.1f}" if h >= 1 else f"{h:6.2f}" for h in times]
-    measured = ""
-    if on_gpu:
-        results = [measured_cost(own, args, target_size, precision) for precision in ("fp32", "bf16")]
-        measured = f"{script:15}" + "".join(f"{value:9.1f}" for values in zip(*results) for value in values)
-    return "".join(cells), ", ".join(f"{stage} {steps}" for stage, steps, _ in stages), measured, args
+    return "".join(cells), ", ".join(f"{stage} {steps}" for stage, steps, _ in stages)
 
 
-def print_plan(scripts, flags, on_gpu=False):
-    """The table of what the scripts cost with each preset; flags: theirs, beside the preset's."""
+def print_plan(scripts, flags, device=None):
+    """The table of what the scripts cost with each preset; flags: theirs, beside the preset's.
+
+    device: where to measure the full-size ones, too.
+    """
     peaks = ", ".join(f"{name} {fp32:g} / {bf16:g}" for name, (fp32, bf16) in GPUS.items())
     print(f"""Computed, not measured, on a device without values:
 TFLOP      of one step of the method, forward and backward (a multiply-add is two)
@@ -624,59 +477,250 @@ GiB        state: weights, copies, gradients, optimizer; saved: by autograd for 
            {OVERHEAD} GiB for CUDA and what passes by
 fits       the least memory that holds the peak, of {', '.join(map(str, SIZES))} GB
 hours      all steps of all stages (below) at {SHARE:.0%} of the GPU's peak; labelling, scoring, slow disks come on top;
-           peaks in TFLOP/s: {peaks}""")
+           peaks in TFLOP/s: {peaks}
+All this is of eager steps. On an H200 a compiled bf16 step of source_only took 2.6 GiB, an eager one 5.1 (b70b40b).""")
+    full = {}
     for preset, own in PRESETS.items():
-        costs, schedules, measured = {}, [], []
-        for script in scripts or PLANS:
-            row, schedule, on_this, args = plan(script, [*own, *flags], costs, on_gpu)
-            if not schedules:
-                size = "x".join(map(str, args.crop))
-                print(f"\n{preset}: {args.source}, {args.backbone}, {size}, {args.batch_size} images of each domain")
-                print(f"{'':15}{'TFLOP':>7}{'M weights':>14}{'state':>6}{'saved GiB':>12}{'peak GiB':>12}"
-                      + f"{'fits GB':>10}" + "".join(f"{'h ' + name:>12}" for name in GPUS))
-                print(f"{'':15}{'':7}{'train':>7}{'copy':>7}{'GiB':>6}" + f"{'fp32':>6}{'bf16':>6}" * 2
-                      + f"{'fp32':>5}{'bf16':>5}" + f"{'fp32':>6}{'bf16':>6}" * len(GPUS))
+        settled = {script: settings(PLANS[script][0], "--source", "gta5", "--device", "cpu", *own, *flags)
+                   for script in scripts or PLANS}
+        args, costs, schedules = next(iter(settled.values())), {}, []
+        size = "x".join(map(str, args.crop))
+        print(f"\n{preset}: {args.source}, {args.backbone}, {size}, {args.batch_size} images of each domain")
+        print(f"{'':15}{'TFLOP':>7}{'M weights':>14}{'state':>6}{'saved GiB':>12}{'peak GiB':>12}"
+              + f"{'fits GB':>10}" + "".join(f"{'h ' + name:>12}" for name in GPUS))
+        print(f"{'':15}{'':7}{'train':>7}{'copy':>7}{'GiB':>6}" + f"{'fp32':>6}{'bf16':>6}" * 2
+              + f"{'fp32':>5}{'bf16':>5}" + f"{'fp32':>6}{'bf16':>6}" * len(GPUS))
+        for script, args in settled.items():
+            row, schedule = plan(script, args, costs)
             print(row, flush=True)
             schedules.append(f"{script}: {schedule}")
-            measured.append(on_this)
         print("steps:", *schedules, sep="\n  ")
-        if on_gpu:
-            print(f"\nmeasured on this {torch.cuda.get_device_name()}: a step, and what torch takes of the memory")
-            print(f"{'':15}{'ms fp32':>9}{'bf16':>9}{'GiB fp32':>9}{'bf16':>9}", *measured, sep="\n", flush=True)
+        full = full or settled
+    if device:
+        print()
+        print_measured(full, device)
+
+
+# ================================ steps, labelling and evaluation, on this machine ================================
+
+
+KINDS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
+
+
+def measured_cost(form, args, precision, compiled, device):
+    """Milliseconds of a step on this machine, and GiB that torch takes there (None on a CPU; CUDA itself takes more).
+
+    Its first steps, in which it is compiled, do not count.
+    """
+    args = SimpleNamespace(**{**vars(args), "precision": precision, "compile": compiled, "device": device})
+    torch.compiler.reset()  # what was compiled before counts towards torch's limit of recompilations
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step, _ = build_step(form, args, device)
+    milliseconds, _ = measure(step, device, runs=9, warm_up=3)
+    return milliseconds, torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else None
+
+
+def image_functions(args, device):
+    """{title: a function that does it for one target image}: labels are written at --size, scored at twice that."""
+    C, (H, W) = len(common.task_classes(args.source)), args.size
+    model = common.DeepLabV2(C, args.backbone).to(device, memory_format=torch.channels_last).eval()
+    image = torch.randint(256, (1, 3, H, W), dtype=torch.uint8, device=device)
+    logits = torch.randn(1, C, *model(common.normalise(image))[1].shape[2:], device=device)
+    label, metric = torch.randint(C, (1, 2 * H, 2 * W), device=device), common.MeanIoU(C)
+
+    def labelled(size, flip):
+        return common.predict(model, common.normalise(image), size, args, flip=flip).max(1).indices
+
+    return {"label an image, with its mirror image": lambda: labelled((H, W), True).cpu(),
+            "evaluate an image": lambda: metric.update(labelled((2 * H, 2 * W), False), label),
+            "  of it: upsample, softmax, argmax": lambda: common.upsample(logits, (2 * H, 2 * W)).softmax(1).max(1),
+            "  of it: confusion matrix": lambda: metric.update(label, label),
+            "jitter and normalise an image": lambda: seen(image)}
+
+
+def print_measured(settled, device):
+    """A row of milliseconds and of GiB for each script in {script: args}, and for what is done image by image."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"measured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
+    heads = [f"{precision} {'compiled' if compiled else 'eager'}" for precision, compiled in KINDS]
+    print(" " * 38 + "".join(f"{'ms' if i < 4 else 'GiB':>{len(head) + 2}}" for i, head in enumerate(heads * 2)))
+    print(" " * 38 + "".join(f"  {head}" for head in heads * 2))
+
+    def row(title, results):
+        cells = [values[i] for i in (0, 1) for values in results]
+        print(f"{title:38}" + "".join(f"{'-' if value is None else format(value, '.1f'):>{len(head) + 2}}"
+                                      for value, head in zip(cells, heads * 2)), flush=True)
+
+    for script, args in settled.items():
+        row(f"a step of {script}", [measured_cost(PLANS[script][1], args, *kind, device) for kind in KINDS])
+    with torch.no_grad():  # none of it is ever compiled
+        found = [(None, None) if compiled else image_functions(
+            SimpleNamespace(**{**vars(args), "precision": precision, "device": device}), device)
+            for precision, compiled in KINDS]
+        for title in found[0]:
+            row(title, [measure(kind[title], device) if isinstance(kind, dict) else kind for kind in found])
+
+
+# =========================================== pictures, and whole scripts ===========================================
+
+
+def picture_sets(root, device, flags):
+    """{title: (training set, arguments)} of the sets below `root`, as source_only.py reads them; None: the toy's."""
+    def arguments(source):
+        where = () if root is None else ("--data-root", str(root))
+        return settings(source_only, "--source", source, *where, "--device", device, *flags)
+
+    found = {}
+    for source, title in (("toy", "toy source"),) if root is None else (("gta5", "GTA5"), ("synthia", "SYNTHIA")):
+        args = arguments(source)
+        augment = common.training_augment(args, args.source_size)
+        with contextlib.suppress(common.InputError):
+            found[title] = common.source_dataset(args, augment), args
+    augment = common.training_augment(args)
+    with contextlib.suppress(common.InputError):
+        found["toy target" if root is None else "Cityscapes"] = common.target_dataset(args, "train", augment), args
+    if not found:
+        raise common.InputError(f"{root}: no pictures; expected GTA5/, RAND_CITYSCAPES/ or cityscapes/")
+    return found
+
+
+def picture_cost(dataset, device, number=48):
+    """Medians over some pictures after the first: ms of the loader's part, of jitter and of normalising.
+
+    Processor time, but of jitter and normalising on a GPU the time until it is done.
+    """
+    times, clock = [], time.perf_counter if device == "cuda" else time.process_time
+    for index in range(min(number, len(dataset))):
+        torch.manual_seed(index)
+        item = []
+        own, _ = measure_once(lambda: item.append(dataset[index]), "cpu", time.process_time)
+        item.append(item[0]["image"][None].to(device))
+        jitter, _ = measure_once(lambda: item.append(common.colour_jitter(item[1], 0, index)), device, clock)
+        normalise, _ = measure_once(lambda: common.normalise(item[2]), device, clock)
+        times.append((own, jitter, normalise))
+    return [statistics.median(column) for column in zip(*times[1:] or times)]
+
+
+def loader_rate(dataset, args):
+    """Pictures per second that the loader processes deliver, once they are at work."""
+    ahead = 2 * args.workers + 1
+    batches = iter(common.load(common.Batches(dataset, args.batch_size, 0), args, batch_size=None,
+                               sampler=range(5 * ahead)))
+    for step in range(5 * ahead):
+        started = time.perf_counter() if step <= ahead else started
+        next(batches)
+    return (4 * ahead - 1) * args.batch_size / (time.perf_counter() - started)
+
+
+def print_data(root, device, flags):
+    """Processor time of the pictures of each set, how fast the loaders deliver them, and what a step needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in loader processes
+    print("processor ms per picture, one thread: the loader's part (reading, resizing, scale, crop, flip) and, on "
+          f"{device}, the device's\n{'':12}{'loader':>10}{'jitter':>10}{'normalise':>11}   pictures/s of the loaders")
+    costs = {}
+    for title, (dataset, args) in picture_sets(root, device, flags).items():
+        costs[title] = picture_cost(dataset, device)
+        loader, jitter, normalise = costs[title]
+        print(f"{title:12}{loader:10.1f}{jitter:10.1f}{normalise:11.1f}   {loader_rate(dataset, args):8.1f} "
+              f"with --workers {args.workers}", flush=True)
+    torch.set_num_threads(threads)
+    *sources, (target, cost) = costs.items()
+    for source, own in sources:
+        loader, rest = args.batch_size * (own[0] + cost[0]), args.batch_size * sum(own[1:] + cost[1:])
+        print(f"a step's {args.batch_size} + {args.batch_size} pictures, {source} and {target}: {loader:.0f} ms of loaders "
+              f"({loader / max(args.workers, 1):.0f} with --workers {args.workers}), {rest:.0f} on {device}")
+
+
+TRAINING_STEPS = 120  # of a script, the last two thirds of which are timed
+
+
+def print_training(root, device, flags):
+    """Milliseconds per step of whole scripts by their own logs, and which share of it they waited for pictures."""
+    print(f"end to end, {TRAINING_STEPS} steps: ms per step (share of it spent waiting for pictures)")
+    print(f"{'':15}" + "".join(f"{precision + (' compiled' if go else ' eager'):>18}" for precision, go in KINDS))
+    cells = {"source_only": [], "drsl": []}
+    with tempfile.TemporaryDirectory() as folder:
+        args, weights = settings(source_only, "--source", "gta5", *flags), Path(folder, "weights.pth")
+        torch.save(common.torchvision_network(args.backbone, "none").state_dict(), weights)
+        shared = ["--source", "gta5", "--data-root", root, "--device", device, "--backbone-weights", weights,
+                  "--iterations", TRAINING_STEPS, "--log-every", max(1, TRAINING_STEPS // 6), *flags]
+        start = Path(folder, "source_only0", "last.pt")
+        for kind, (precision, compiled) in enumerate(KINDS):
+            for script, own in (("source_only", ()), ("drsl", ("--init", start, "--rounds", 1, "--head-iterations", 0,
+                                                               "--joint-iterations", 0))):
+                out = Path(folder, f"{script}{kind}")
+                command = [sys.executable, PROJECT / f"{script}.py", *shared, *own, "--out", out, "--precision",
+                           precision, "--compile" if compiled else "--no-compile"]
+                done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+                cells[script].append(step_time(out / "log.jsonl") if done.returncode == 0 else "failed")
+                if done.returncode:
+                    print(f"{script}: {done.stderr.strip()[-2000:]}", flush=True)
+    for script, values in cells.items():
+        print(f"{script:15}" + "".join(f"{value:>18}" for value in values), flush=True)
+
+
+def step_time(log):
+    """Text: milliseconds per step in the last two thirds of a log's training, and the share of waiting."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["stage"] in ("source", "adapt")]
+    steps, lines = [int(line["step"].split("/")[0]) for line in lines], lines[len(lines) // 3 - 1:]
+    taken = (lines[-1]["seconds"] - lines[0]["seconds"]) / (steps[-1] - steps[-len(lines)])
+    return f"{1000 * taken:.1f} ({statistics.mean(line.get('waiting', 0) for line in lines[1:]):.0%})"
+
+
+def print_tests(root, device, flags):
+    """The tests, with the scripts that they start on this device."""
+    subprocess.run([sys.executable, str(PROJECT / "tests")], env={**os.environ, "DEVICE": device})
+
+
+PARTS = {"plan": lambda root, device, flags: print_plan([], flags, device), "data": print_data,
+         "train": print_training, "tests": print_tests}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where"
-    )
-    parser.add_argument(
-        "--plan",
-        nargs="*",
-        choices=PLANS,
-        metavar="SCRIPT",
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--plan", nargs="*", choices=PLANS, metavar="SCRIPT",
         help=f"measure nothing, but compute on any machine what runs on real data cost, of all scripts or of some of "
              f"{', '.join(PLANS)}: TFLOP per step, weights, memory, the GPU on which it fits, hours; flags that follow "
-             "go to the scripts, as in --plan cpsl --batch-size 1",
-    )
-    parser.add_argument("--measure", action="store_true", help="with --plan: also run steps on this machine's GPU")
+             "go to the scripts, as in --plan cpsl --batch-size 1")
+    add("--measure", action="store_true", help="with --plan: also run full-size steps on this machine")
+    add("--data", nargs="?", const="", metavar="ROOT",
+        help="processor time per picture of the sets found in ROOT, of the toy without; flags go to source_only.py")
+    add("--gpu", metavar="ROOT", help="--plan --measure, --data ROOT, whole runs on ROOT and the tests, in this order; "
+                                      "ROOT holds GTA5/ and cityscapes/, flags go to the scripts")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"with --gpu: only these of {', '.join(PARTS)}")
     args, flags = parser.parse_known_args()
-    if args.measure and (args.plan is None or not torch.cuda.is_available()):
-        parser.error("--measure needs --plan and a GPU")
+    if args.measure and args.plan is None:
+        parser.error("--measure needs --plan")
+    if flags and args.plan is None and args.data is None and args.gpu is None:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     torch.backends.cudnn.benchmark = True  # as in every script
     if args.plan is not None:
-        return print_plan(args.plan, flags, args.measure)
-    if flags:
-        parser.error(f"unrecognized arguments without --plan: {' '.join(flags)}")
+        return print_plan(args.plan, flags, args.device if args.measure else None)
     print(common.versions(args.device))
+    if args.data is not None:
+        return print_data(args.data or None, args.device, flags)
+    if args.gpu is not None:
+        for part in args.parts:
+            started = time.perf_counter()
+            print(f"\n----- {part}", flush=True)
+            PARTS[part](args.gpu, args.device, flags)
+            print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+        return
     for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
         equations(args.device)
     for precision in ("fp32", "bf16"):
-        steps(args.device, precision, "resnet14", (64, 128), 4)
+        steps(args.device, "--precision", precision)
         if args.device == "cuda":
-            steps(args.device, precision, "resnet101", (512, 1024), 2, rounds=5)
+            steps(args.device, "--precision", precision, "--source", "gta5", "--no-compile", rounds=5)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
