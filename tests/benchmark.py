@@ -107,22 +107,6 @@ def drsl_equations(device):
            lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
 
 
-def symmetric_cross_entropy_textbook(logits, label, alpha=0.1, beta=1.0):
-    """CPSL-2 to CPSL-4 with probabilities, one-hot labels and clamps."""
-    p = logits.softmax(1)
-    one_hot = F.one_hot(label, logits.shape[1]).permute(0, 3, 1, 2).float()
-    reverse = -(p.clamp(1e-7, 1) * one_hot.clamp(1e-4, 1).log()).sum(1)
-    return (alpha * -(one_hot * p.clamp(min=1e-7).log()).sum(1) + beta * reverse).mean()
-
-
-def cpsl_equations(device):
-    logits = torch.randn(2, 19, 512, 1024, device=device, requires_grad=True)
-    label = torch.randint(19, (2, 512, 1024), device=device)
-    report("CPSL-4 symmetric CE at 512x1024, forward and backward",
-           lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
-           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
-
-
 def class_statistics_textbook(features, labels, classes):
     """SDCA-10 for one batch as ISDA wrote it down: every pixel spread over all classes, (n, C, D) tensors."""
     member = torch.where(labels == common.IGNORE, classes, labels)  # (n,)
@@ -323,8 +307,7 @@ def steps(device, *flags, rounds=15):
 
 PRESETS = {"full size": (), "the small preset": ("--preset", "small")}
 SHARE = 0.35  # of the peaks below, for all of a training; a guess
-# Published peaks of dense matrix products in TFLOP/s, for fp32 (those of TF32, which torch's convolutions take unless
-# forbidden: on the two GeForces as fast as fp32 itself) and bf16 with sums in fp32.
+# Published peaks of dense matrix products in TFLOP/s: TF32, torch's default in fp32 convolutions; bf16, sums in fp32.
 GPUS = {"RTX 3060": (12.7, 25.5), "RTX 4090": (82.6, 165.2), "A100": (156, 312)}
 SIZES = (8, 11, 16, 24, 40, 80)  # GiB of memory, which are sold as GB
 # GiB for what is not counted: gradients of activations on their way (followed through a step on "meta": 0.1 to 0.5),
@@ -423,13 +406,11 @@ def planned_cost(form, args, precision):
         return step_cost(*build_step(form, SimpleNamespace(**{**vars(args), "precision": precision}), "meta"))
 
 
-def hours(flop, peak):
-    """Hours for so many operations at SHARE of a peak in TFLOP/s."""
+def hours(flop, peak):  # of so many operations at SHARE of a peak in TFLOP/s
     return flop / (SHARE * peak * 1e12) / 3600
 
 
-def smallest_gpu(gib):
-    """The least of SIZES that holds so much."""
+def smallest_gpu(gib):  # the least of SIZES that holds so much
     return next((str(size) for size in SIZES if size >= gib), f">{SIZES[-1]}")
 
 
@@ -454,10 +435,7 @@ def plan(script, args, costs):
 
 
 def print_plan(scripts, flags, device=None):
-    """The table of what the scripts cost with each preset; flags: theirs, beside the preset's.
-
-    device: where to measure the full-size ones, too.
-    """
+    """The table of what scripts cost with each preset and these flags of theirs. device: measures full size there."""
     peaks = ", ".join(f"{name} {fp32:g} / {bf16:g}" for name, (fp32, bf16) in GPUS.items())
     print(f"""Computed, not measured, on a device without values:
 TFLOP      of one step of the method, forward and backward (a multiply-add is two)
@@ -486,7 +464,6 @@ All this is of eager steps. On an H200 a compiled bf16 step of source_only took 
         print("steps:", *schedules, sep="\n  ")
         full = full or settled
     if device:
-        print()
         print_measured(full, device)
 
 
@@ -532,7 +509,7 @@ def image_functions(args, device):
 def print_measured(settled, device):
     """A row of milliseconds and of GiB for each script in {script: args}, and for what is done image by image."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"measured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
+    print(f"\nmeasured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
     heads = ["fp32", "compiled", "bf16", "compiled"]
     print(f"{'':38}" + "".join(f"{head:>10}" for head in ["ms " + heads[0], *heads[1:], "GiB " + heads[0], *heads[1:]]))
 
@@ -601,7 +578,6 @@ def loader_rate(dataset, args):
 
 
 def print_data(root, device, flags):
-    """Processor time of the pictures of each set, how fast the loaders deliver them, and what a step needs."""
     torch.set_num_threads(1)  # as in loader processes
     print("processor ms per picture, one thread: the loader's part (reading, resizing, scale, crop, flip) and, on "
           f"{device}, the device's\n{'':12}{'loader':>10}{'jitter':>10}{'normalise':>11}   pictures/s of the loaders")
@@ -694,7 +670,7 @@ def main():
             PARTS[part](args.gpu, args.device, flags)
             print(f"({time.perf_counter() - started:.0f} s)", flush=True)
         return
-    for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
+    for equations in (drsl_equations, sdca_equations):
         equations(args.device)
     for precision in ("fp32", "bf16"):
         steps(args.device, "--precision", precision)

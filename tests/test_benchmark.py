@@ -177,7 +177,7 @@ def test_pictures_of_the_sets_that_are_there_and_of_the_toy(tmp_path, monkeypatc
 
 
 def test_whole_scripts_are_timed_by_their_own_logs(tmp_path, monkeypatch, capsys):
-    """The last two thirds of the steps; each script in fp32 and bf16, eager and compiled; DRSL starts from the other."""
+    """The last two thirds of the steps; each script in fp32 and bf16, eager and compiled; DRSL starts from it."""
     commands = []
 
     def execute(command, **options):
