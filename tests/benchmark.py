@@ -290,7 +290,10 @@ STEPS = {"plain self-training": (drsl, drsl_step, "--plain"), "LSE": (lse, lse_s
 def steps(device, *flags, rounds=15):
     """Milliseconds of one step of plain self-training and of every method, with these flags of the scripts."""
     chosen = [(form, settings(module, "--device", device, *flags, *own)) for module, form, *own in STEPS.values()]
-    functions, args = [build_step(form, args, device)[0] for form, args in chosen], chosen[0][1]
+    functions = []
+    for form, args in chosen:
+        args.size = args.crop  # or else the toy's LSE would have larger pictures than the others
+        functions.append(build_step(form, args, device)[0])
     for function in functions:
         function()
     # They take turns, so that whatever else disturbs the machine disturbs all of them.
@@ -340,8 +343,7 @@ def on_meta():
         yield
 
 
-def storage_bytes(tensors):
-    """Bytes that these tensors occupy; what several of them share counts once."""
+def storage_bytes(tensors):  # what several of them share counts once
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -401,7 +403,6 @@ PLANS = {
 
 
 def planned_cost(form, args, precision):
-    """`step_cost` of a step with a script's arguments."""
     with on_meta():
         return step_cost(*build_step(form, SimpleNamespace(**{**vars(args), "precision": precision}), "meta"))
 
@@ -507,7 +508,6 @@ def image_functions(args, device):
 
 
 def print_measured(settled, device):
-    """A row of milliseconds and of GiB for each script in {script: args}, and for what is done image by image."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"\nmeasured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
     heads = ["fp32", "compiled", "bf16", "compiled"]
