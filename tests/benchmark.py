@@ -107,22 +107,6 @@ def drsl_equations(device):
            lambda: alignment_textbook(e, y, m, e_t, y_t, m_t).backward(), device)
 
 
-def symmetric_cross_entropy_textbook(logits, label, alpha=0.1, beta=1.0):
-    """CPSL-2 to CPSL-4 with probabilities, one-hot labels and clamps."""
-    p = logits.softmax(1)
-    one_hot = F.one_hot(label, logits.shape[1]).permute(0, 3, 1, 2).float()
-    reverse = -(p.clamp(1e-7, 1) * one_hot.clamp(1e-4, 1).log()).sum(1)
-    return (alpha * -(one_hot * p.clamp(min=1e-7).log()).sum(1) + beta * reverse).mean()
-
-
-def cpsl_equations(device):
-    logits = torch.randn(2, 19, 512, 1024, device=device, requires_grad=True)
-    label = torch.randint(19, (2, 512, 1024), device=device)
-    report("CPSL-4 symmetric CE at 512x1024, forward and backward",
-           lambda: cpsl.symmetric_cross_entropy(logits, label).backward(),
-           lambda: symmetric_cross_entropy_textbook(logits, label).backward(), device)
-
-
 def class_statistics_textbook(features, labels, classes):
     """SDCA-10 for one batch as ISDA wrote it down: every pixel spread over all classes, (n, C, D) tensors."""
     member = torch.where(labels == common.IGNORE, classes, labels)  # (n,)
@@ -209,12 +193,12 @@ def seen(images):
 
 def source_step(model, source, target, args):
     """The step of `train_source`, and of SDCA's training on pseudo-labels."""
-    network, (x_s, y_s) = common.distribute(model, args), source
+    network = common.distribute(model, args)
 
     def losses():
         with common.autocast(args):
-            _, logits = network(seen(x_s))
-        return {"loss": source_only.segmentation_loss(logits, y_s)}
+            _, logits = network(seen(source[0]))
+        return {"loss": source_only.segmentation_loss(logits, source[1])}
 
     return Step(losses, source_only.make_optimizer(model, args))
 
@@ -278,8 +262,7 @@ def drsl_step(model, source, target, args):
     return Step(losses, drsl.make_optimizer_with_modes(model, head, args))
 
 
-def modes_step(model, source, target, args):
-    """The step of DRSL's joint training (before it, with the network standing still, steps take less)."""
+def modes_step(model, source, target, args):  # before the joint steps the network stands still, which takes less
     return drsl_step(model, source, None, args)
 
 
@@ -306,9 +289,10 @@ STEPS = {"plain self-training": (drsl, drsl_step, "--plain"), "LSE": (lse, lse_s
 
 def steps(device, *flags, rounds=15):
     """Milliseconds of one step of plain self-training and of every method, with these flags of the scripts."""
+    chosen = [(form, settings(module, "--device", device, *flags, *own)) for module, form, *own in STEPS.values()]
     functions = []
-    for module, form, *own in STEPS.values():
-        args = settings(module, "--device", device, *flags, *own)
+    for form, args in chosen:
+        args.size = args.crop  # or else the toy's LSE would have larger pictures than the others
         functions.append(build_step(form, args, device)[0])
     for function in functions:
         function()
@@ -318,17 +302,15 @@ def steps(device, *flags, rounds=15):
         taken = statistics.median(ms for ms, _ in results)
         ratio = statistics.median(ms / first[0][0] for (ms, _), first in zip(results, times))
         memory = "" if results[0][1] is None else f"   {results[-1][1]:.2f} GiB"
-        crop = "x".join(map(str, args.crop))
-        print(f"step {args.backbone} {crop} {args.batch_size}+{args.batch_size} {args.precision}  {title:24} "
-              f"{taken:8.1f} ms   {ratio:.2f} x plain{memory}", flush=True)
+        print(f"step {args.backbone} {args.crop[0]}x{args.crop[1]} {args.batch_size}+{args.batch_size} {args.precision}"
+              f"  {title:24} {taken:8.1f} ms   {ratio:.2f} x plain{memory}", flush=True)
 
 
 # ========================== what a run costs, computed on a device without values ("meta") ==========================
 
 PRESETS = {"full size": (), "the small preset": ("--preset", "small")}
 SHARE = 0.35  # of the peaks below, for all of a training; a guess
-# Published peaks of dense matrix products in TFLOP/s, for fp32 (those of TF32, which torch's convolutions take unless
-# forbidden: on the two GeForces as fast as fp32 itself) and bf16 with sums in fp32.
+# Published peaks of dense matrix products in TFLOP/s: TF32, torch's default in fp32 convolutions; bf16, sums in fp32.
 GPUS = {"RTX 3060": (12.7, 25.5), "RTX 4090": (82.6, 165.2), "A100": (156, 312)}
 SIZES = (8, 11, 16, 24, 40, 80)  # GiB of memory, which are sold as GB
 # GiB for what is not counted: gradients of activations on their way (followed through a step on "meta": 0.1 to 0.5),
@@ -346,15 +328,9 @@ class Bfloat16Convolutions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.conv2d:
-            args = [self.cast(t) if torch.is_tensor(t) else t for t in args]
+            args = [self.done.setdefault(t, t.bfloat16()) if isinstance(t, torch.nn.Parameter) else
+                    t.bfloat16() if torch.is_tensor(t) else t for t in args]
         return function(*args, **(kwargs or {}))
-
-    def cast(self, t):
-        if not isinstance(t, torch.nn.Parameter):
-            return t.bfloat16()
-        if t not in self.done:
-            self.done[t] = t.bfloat16()
-        return self.done[t]
 
 
 @contextlib.contextmanager
@@ -367,8 +343,7 @@ def on_meta():
         yield
 
 
-def storage_bytes(tensors):
-    """Bytes that these tensors occupy; what several of them share counts once."""
+def storage_bytes(tensors):  # what several of them share counts once
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -392,8 +367,7 @@ def step_cost(step, model):
         optimizer.step()
         moments += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     return {
-        "flop": counter.get_total_flops(),
-        "weights": sum(p.numel() for p in weights),
+        "flop": counter.get_total_flops(), "weights": sum(p.numel() for p in weights),
         "copies": sum(p.numel() for part in step.kept if isinstance(part, torch.nn.Module) for p in part.parameters()),
         "saved": storage_bytes([*saved, *resident]) - storage_bytes(resident),
         "state": storage_bytes([*resident, *moments, *(p.grad for p in trained if p.grad is not None)]),
@@ -429,18 +403,15 @@ PLANS = {
 
 
 def planned_cost(form, args, precision):
-    """`step_cost` of a step with a script's arguments."""
     with on_meta():
         return step_cost(*build_step(form, SimpleNamespace(**{**vars(args), "precision": precision}), "meta"))
 
 
-def hours(flop, peak):
-    """Hours for so many operations at SHARE of a peak in TFLOP/s."""
+def hours(flop, peak):  # of so many operations at SHARE of a peak in TFLOP/s
     return flop / (SHARE * peak * 1e12) / 3600
 
 
-def smallest_gpu(gib):
-    """The least of SIZES that holds so much."""
+def smallest_gpu(gib):  # the least of SIZES that holds so much
     return next((str(size) for size in SIZES if size >= gib), f">{SIZES[-1]}")
 
 
@@ -465,10 +436,7 @@ def plan(script, args, costs):
 
 
 def print_plan(scripts, flags, device=None):
-    """The table of what the scripts cost with each preset; flags: theirs, beside the preset's.
-
-    device: where to measure the full-size ones, too.
-    """
+    """The table of what scripts cost with each preset and these flags of theirs. device: measures full size there."""
     peaks = ", ".join(f"{name} {fp32:g} / {bf16:g}" for name, (fp32, bf16) in GPUS.items())
     print(f"""Computed, not measured, on a device without values:
 TFLOP      of one step of the method, forward and backward (a multiply-add is two)
@@ -484,8 +452,8 @@ All this is of eager steps. On an H200 a compiled bf16 step of source_only took 
         settled = {script: settings(PLANS[script][0], "--source", "gta5", "--device", "cpu", *own, *flags)
                    for script in scripts or PLANS}
         args, costs, schedules = next(iter(settled.values())), {}, []
-        size = "x".join(map(str, args.crop))
-        print(f"\n{preset}: {args.source}, {args.backbone}, {size}, {args.batch_size} images of each domain")
+        print(f"\n{preset}: {args.source}, {args.backbone}, {args.crop[0]}x{args.crop[1]}, {args.batch_size} images of "
+              "each domain")
         print(f"{'':15}{'TFLOP':>7}{'M weights':>14}{'state':>6}{'saved GiB':>12}{'peak GiB':>12}"
               + f"{'fits GB':>10}" + "".join(f"{'h ' + name:>12}" for name in GPUS))
         print(f"{'':15}{'':7}{'train':>7}{'copy':>7}{'GiB':>6}" + f"{'fp32':>6}{'bf16':>6}" * 2
@@ -497,12 +465,10 @@ All this is of eager steps. On an H200 a compiled bf16 step of source_only took 
         print("steps:", *schedules, sep="\n  ")
         full = full or settled
     if device:
-        print()
         print_measured(full, device)
 
 
 # ================================ steps, labelling and evaluation, on this machine ================================
-
 
 KINDS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
 
@@ -542,26 +508,24 @@ def image_functions(args, device):
 
 
 def print_measured(settled, device):
-    """A row of milliseconds and of GiB for each script in {script: args}, and for what is done image by image."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"measured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
-    heads = [f"{precision} {'compiled' if compiled else 'eager'}" for precision, compiled in KINDS]
-    print(" " * 38 + "".join(f"{'ms' if i < 4 else 'GiB':>{len(head) + 2}}" for i, head in enumerate(heads * 2)))
-    print(" " * 38 + "".join(f"  {head}" for head in heads * 2))
+    print(f"\nmeasured on this {name}, torch {torch.__version__}: ms, and GiB that torch takes")
+    heads = ["fp32", "compiled", "bf16", "compiled"]
+    print(f"{'':38}" + "".join(f"{head:>10}" for head in ["ms " + heads[0], *heads[1:], "GiB " + heads[0], *heads[1:]]))
 
     def row(title, results):
         cells = [values[i] for i in (0, 1) for values in results]
-        print(f"{title:38}" + "".join(f"{'-' if value is None else format(value, '.1f'):>{len(head) + 2}}"
-                                      for value, head in zip(cells, heads * 2)), flush=True)
+        print(f"{title:38}" + "".join(f"{'-' if v is None else format(v, '.1f'):>10}" for v in cells), flush=True)
 
     for script, args in settled.items():
         row(f"a step of {script}", [measured_cost(PLANS[script][1], args, *kind, device) for kind in KINDS])
     with torch.no_grad():  # none of it is ever compiled
-        found = [(None, None) if compiled else image_functions(
+        found = {precision: image_functions(
             SimpleNamespace(**{**vars(args), "precision": precision, "device": device}), device)
-            for precision, compiled in KINDS]
-        for title in found[0]:
-            row(title, [measure(kind[title], device) if isinstance(kind, dict) else kind for kind in found])
+            for precision in ("fp32", "bf16")}
+        for title in found["fp32"]:
+            row(title, [(None, None) if compiled else measure(found[precision][title], device)
+                        for precision, compiled in KINDS])
 
 
 # =========================================== pictures, and whole scripts ===========================================
@@ -607,17 +571,13 @@ def picture_cost(dataset, device, number=48):
 def loader_rate(dataset, args):
     """Pictures per second that the loader processes deliver, once they are at work."""
     ahead = 2 * args.workers + 1
-    batches = iter(common.load(common.Batches(dataset, args.batch_size, 0), args, batch_size=None,
-                               sampler=range(5 * ahead)))
-    for step in range(5 * ahead):
+    for step, _ in enumerate(common.load(common.Batches(dataset, args.batch_size, 0), args, batch_size=None,
+                                         sampler=range(5 * ahead))):
         started = time.perf_counter() if step <= ahead else started
-        next(batches)
-    return (4 * ahead - 1) * args.batch_size / (time.perf_counter() - started)
+    return (4 * ahead - 2) * args.batch_size / (time.perf_counter() - started)
 
 
 def print_data(root, device, flags):
-    """Processor time of the pictures of each set, how fast the loaders deliver them, and what a step needs."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in loader processes
     print("processor ms per picture, one thread: the loader's part (reading, resizing, scale, crop, flip) and, on "
           f"{device}, the device's\n{'':12}{'loader':>10}{'jitter':>10}{'normalise':>11}   pictures/s of the loaders")
@@ -627,12 +587,11 @@ def print_data(root, device, flags):
         loader, jitter, normalise = costs[title]
         print(f"{title:12}{loader:10.1f}{jitter:10.1f}{normalise:11.1f}   {loader_rate(dataset, args):8.1f} "
               f"with --workers {args.workers}", flush=True)
-    torch.set_num_threads(threads)
     *sources, (target, cost) = costs.items()
     for source, own in sources:
         loader, rest = args.batch_size * (own[0] + cost[0]), args.batch_size * sum(own[1:] + cost[1:])
-        print(f"a step's {args.batch_size} + {args.batch_size} pictures, {source} and {target}: {loader:.0f} ms of loaders "
-              f"({loader / max(args.workers, 1):.0f} with --workers {args.workers}), {rest:.0f} on {device}")
+        print(f"a step's {args.batch_size} + {args.batch_size} pictures, {source} and {target}: loaders {loader:.0f} "
+              f"ms ({loader / max(args.workers, 1):.0f} with --workers {args.workers}), {rest:.0f} on {device}")
 
 
 TRAINING_STEPS = 120  # of a script, the last two thirds of which are timed
@@ -671,13 +630,10 @@ def step_time(log):
     return f"{1000 * taken:.1f} ({statistics.mean(line.get('waiting', 0) for line in lines[1:]):.0%})"
 
 
-def print_tests(root, device, flags):
-    """The tests, with the scripts that they start on this device."""
-    subprocess.run([sys.executable, str(PROJECT / "tests")], env={**os.environ, "DEVICE": device})
-
-
-PARTS = {"plan": lambda root, device, flags: print_plan([], flags, device), "data": print_data,
-         "train": print_training, "tests": print_tests}
+# In this order; each takes the folder of pictures, the device and the flags for the scripts.
+PARTS = {"plan": lambda root, device, flags: print_plan([], flags, device), "data": print_data, "train": print_training,
+         "tests": lambda root, device, flags: subprocess.run(
+             [sys.executable, str(PROJECT / "tests")], env={**os.environ, "DEVICE": device})}
 
 
 def main():
@@ -714,7 +670,7 @@ def main():
             PARTS[part](args.gpu, args.device, flags)
             print(f"({time.perf_counter() - started:.0f} s)", flush=True)
         return
-    for equations in (drsl_equations, lse_equations, cpsl_equations, sdca_equations):
+    for equations in (drsl_equations, sdca_equations):
         equations(args.device)
     for precision in ("fp32", "bf16"):
         steps(args.device, "--precision", precision)
