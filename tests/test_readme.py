@@ -32,3 +32,14 @@ def test_pictures_and_linked_files_exist():
     named = set(re.findall(r"`(\w+\.py)`", README))
     absent = {name for name in named if not (PROJECT / name).exists()}
     assert all(f"`{name}` (not yet)" in README for name in absent)
+
+
+EXERCISES = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_exercises_print_what_they_say(exercise, capsys):
+    exec(compile(exercise, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    said = "\n".join(line.split("#", 1)[1] for line in exercise.splitlines() if "#" in line)
+    assert printed and all(line in said for line in printed)
