@@ -108,19 +108,19 @@ What self-labelling does here. mIoU in worlds 1 and 2 (the README's table is of 
                                world 1, steps: 240     960      world 2, steps: 240     960
     batch norm alone                          32.6                             30.0
     --no-rectify                              32.7    33.3                     29.9       -
-    --hold-prototypes                         35.2     ?                          -       -
+    --hold-prototypes                         35.2    35.7                        -       -
     as here                                   35.0    35.5                     33.1    34.0
     --prototype-lr 0.03                       34.7       -                        -       -
 
 Rectified labels are better from the start (world 1, 100 images: 35.3 mIoU against 33.3), and as network and labels
 improve together longer runs gain. They gain where the network is unsure: 0.2 near the centres of the grid's cells, 3.9
-farthest from them. The prototypes' own learning adds nothing to that, although it makes them better: by P_SL alone the
-labels of the train images end at 29.8 with --prototype-lr 0.03 and at 28.0 when held, but the product then corrects
-fewer of them and ends at 34.6 instead of 35.1. On frozen features 240 steps at 0.03 lift P_SL alone from 23.4 to 26.2
-with these shares, and with equal shares it falls to 18.9: that is the paper's comparison. The premise that class means
-classify is weak here: the nearest of them has 23.4 mIoU where the network has 32.9 (of logits 27.4, of features beside
-those of near cells 26.4). At the start and after each quarter the log tells what 100 images' labels are worth: fixed,
-rectified, and by P_SL alone.
+farthest from them. The prototypes' own learning adds nothing to that and costs 0.2 in 960 steps, although it makes them
+better: by P_SL alone the labels of the train images end at 29.8 with --prototype-lr 0.03 and at 28.0 when held, but the
+product then corrects fewer of them and ends at 34.6 instead of 35.1. On frozen features 240 steps at 0.03 lift P_SL
+alone from 23.4 to 26.2 with these shares, and with equal shares it falls to 18.9: that is the paper's comparison. The
+premise that class means classify is weak here: the nearest of them has 23.4 mIoU where the network has 32.9 (of logits
+27.4, of features beside those of near cells 26.4). At the start and after each quarter the log tells what 100 images'
+labels are worth: fixed, rectified, and by P_SL alone.
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
     python cpsl.py --hold-prototypes                    # rectification by class means that stay where they are
