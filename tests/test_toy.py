@@ -69,7 +69,7 @@ def test_worlds_differ_in_colours_proportions_and_tint():
 @both
 def test_items_keep_their_contract(domain):
     item = ToyStreets(domain, size=(48, 96), labelled=True)[0]
-    assert item["image"].shape == (3, 48, 96) and item["image"].dtype == torch.float32
+    assert item["image"].shape == (3, 48, 96) and item["image"].dtype == torch.uint8
     assert item["label"].shape == (48, 96) and item["label"].dtype == torch.int64 and item["label"].max() < 16
     assert ("label" in ToyStreets(domain)[0]) == (domain == "source") and "label" in ToyStreets(domain, "val")[0]
     with pytest.raises(IndexError):
