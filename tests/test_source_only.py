@@ -303,8 +303,8 @@ def test_every_file_has_the_small_preset(name, source, aspect, monkeypatch):
     assert width / height == pytest.approx(aspect, rel=0.05)
     for size in (small["size"], small["source_size"]):
         common.training_augment(argparse.Namespace(**small), size)  # the crop fits
-    typed = parsed("--preset", "small", "--backbone", "resnet101", "--size", "128x256", "--iterations", "7")
-    assert (typed["backbone"], typed["iterations"], typed["optimizer"]) == ("resnet101", 7, "adamw")
+    typed = parsed("--preset", "small", "--backbone", "resnet101", "--size", "128x256", "--iterations", "7000")
+    assert (typed["backbone"], typed["iterations"], typed["optimizer"]) == ("resnet101", 7000, "adamw")
     assert typed["size"] == typed["crop"] == typed["source_size"] == (128, 256)
     monkeypatch.setattr(sys, "argv", [name, "--preset", "small"])
     with pytest.raises(SystemExit):
