@@ -116,7 +116,7 @@ def test_the_plan_has_a_row_for_every_script(monkeypatch, capsys):
     text = run(monkeypatch, capsys, "--plan", "--backbone", "resnet14", "--batch-size", 1)
     assert text.startswith("Computed, not measured")
     assert "scale_invariant: warm-up 60000, rounds up to 41040\n" in text  # 5130 images, 4 patches, twice, one by one
-    assert "drsl: warm-up 60000, modes 7000, rounds 7000\n" in text  # 5000 of the 12000 are joint steps
+    assert "drsl: warm-up 60000, modes 4000, rounds 10000\n" in text  # 5000 of the 12000 are joint steps
     rows = [line.split() for line in text.splitlines() if line.split(" ")[0] in benchmark.PLANS]
     assert [row[0] for row in rows] == [*benchmark.PLANS]
     for _, *cells in rows:
