@@ -143,8 +143,8 @@ import common
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K): each pixel's K values sum to 1.
 
-    With more rounds the mean over the pixels approaches r. A class with r_k = 0 gets nothing. In float32 at least, also
-    under autocast: cosines differ by 2 at most, and exp(-2 / 0.05) = 4e-18 is far from its smallest number.
+    With more rounds the mean over the pixels approaches r. A class with r_k = 0 gets nothing (authors: NaN). In
+    float32 at least, also under autocast: cosines differ by at most 2, and float32 still holds exp(-2 / 0.05) = 4e-18.
     """
     S = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (..., B, K)
     tiny = torch.finfo(S.dtype).tiny  # 0 / tiny is 0, where 0 / 0 would be NaN
@@ -157,7 +157,7 @@ def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
 
 
 def assign(scores, past, marginal, epsilon=0.05, iterations=3):
-    """Q of the present pixels (N, n, K): CPSL-6 for every image by itself, on the bank's pixels and its own.
+    """Q of the present pixels (N, n, K): CPSL-6 for each image separately, on the bank's pixels and its own.
 
     scores (N, n, K) of the images' pixels; past (M, K) of the bank's, M = 0 before it is full.
     """
@@ -166,13 +166,10 @@ def assign(scores, past, marginal, epsilon=0.05, iterations=3):
 
 
 def rectify(soft_label, similarity, temperature=0.08):
-    """CPSL-16, CPSL-17: P_ST (N, K, H, W) and cosines (N, K, H, W) to the prototypes -> hard labels (N, H, W).
-
-    The argmax of the product is that of the sum of logarithms.
-    """
+    """CPSL-16, CPSL-17: P_ST (N, K, H, W) and cosines (N, K, H, W) to the prototypes -> hard labels (N, H, W)."""
     # CPSL-16
     log_p_sl = (similarity.float() / temperature).log_softmax(1)
-    # CPSL-17
+    # CPSL-17: the argmax of a product is that of the sum of logarithms
     return (log_p_sl + soft_label.float().log()).max(1).indices  # (N, H, W); on a CPU much faster than argmax
 
 
@@ -196,19 +193,16 @@ def self_labeling_loss(features, prototypes, assignment, temperature=0.08):
 
 
 def kl_divergence(guide, follower):
-    """CPSL-10 and CPSL-13: KL divergence of softmaxes, from logits (N, K, h, w), mean over all entries.
-
-    The guide's side is cut from the graph.
-    """
+    """CPSL-10, CPSL-13: KL divergence of the softmaxes of logits (N, K, h, w). Gradients reach the follower only."""
     log_t, log_s = guide.detach().float().log_softmax(1), follower.float().log_softmax(1)  # (N, K, h, w)
     # CPSL-10, CPSL-13
     return (log_t.exp() * (log_t - log_s)).mean()
 
 
 class SelfLabelingHead(nn.Module):
-    """f_SL: one prototype per class; the score of a pixel is the cosine between its feature and the prototype.
+    """The self-labelling head, f_SL in Figure 1: one prototype per class, compared with a pixel's feature by cosine.
 
-    It also keeps what step 2 finds: the class marginal r and where the prototypes started.
+    It also keeps what step 2 finds: the class shares r (the marginal) and where the prototypes started.
     """
 
     def __init__(self, num_classes, dim):
@@ -227,7 +221,7 @@ class SelfLabelingHead(nn.Module):
         return 1 - F.cosine_similarity(self.prototypes.detach(), self.start, dim=1).mean()
 
     def forward(self, features, assignment, temperature):
-        """CPSL-7. It is computed in here because DistributedDataParallel averages gradients of what goes through it."""
+        """CPSL-7. It stands in a forward because DistributedDataParallel averages gradients of nothing else."""
         return self_labeling_loss(features, self.prototypes, assignment, temperature)
 
 
@@ -261,7 +255,7 @@ class MemoryBank:
 
 
 def class_sums(features, label, num_classes, least=1):
-    """For the prototypes' start: sum over images of the mean feature of every class, and how many images had it.
+    """For the prototypes' start: every class's mean feature, summed over the images, and in how many it occurs.
 
     features (N, D, h, w), label (N, h, w) -> (K, D), (K,). An image counts for a class with `least` pixels of it.
     """
@@ -276,16 +270,16 @@ def pick_pixels(label, pixels, u, proportional=True):
     """Positions (N, n) of n different pixels of each map, n = `pixels` or h w if that is smaller.
 
     label (N, h, w): their classes; u (N, h, w): random numbers in [0, 1). Uniform: the pixels with the smallest u.
-    Proportional, CPSL-18: the pixels are laid out class by class, in random order within a class, and every
+    Proportional, CPSL-18: the pixels are lined up class by class, in random order within a class, and every
     (h w / n)-th one is taken.
     """
     label, u = label.flatten(1), u.flatten(1).double()  # (N, h w)
     n = min(pixels, label.shape[1])
     if not proportional:
         return u.argsort(1)[:, :n]
-    start = u.sum(1, keepdim=True) % 1  # (N, 1): a random number that favours no pixel
+    offset = u.sum(1, keepdim=True) % 1  # (N, 1): a random number that favours no pixel
     # CPSL-18
-    place = ((torch.arange(n, device=u.device) + start) * (label.shape[1] / n)).long()  # (N, n)
+    place = ((torch.arange(n, device=u.device) + offset) * (label.shape[1] / n)).long()  # (N, n)
     return (label + u).argsort(1).gather(1, place)
 
 
@@ -302,7 +296,7 @@ def confident_labels(prob, confidence):
 
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """The momentum copy follows: n steps to a constant model leave momentum ** n of the way. Buffers are copied."""
+    """The momentum copy follows: a step leaves `momentum` of its distance to the model. Buffers are copied."""
     for mean, new in zip(average.parameters(), model.parameters()):
         mean.lerp_(new, 1 - momentum)
     for mean, new in zip(average.buffers(), model.buffers()):
@@ -340,24 +334,24 @@ class ProDANetwork(common.DeepLabV2):
 
 
 def strong_view(images, *seed):
-    """The same scenes, half of them blurred, half with other colours: uint8 (N, 3, H, W) -> the same. Geometry stays.
+    """The same scenes, uint8 (N, 3, H, W), each blurred with probability 1/2 and recoloured with probability 1/2.
 
-    seed: numbers. Every image of the global batch gets its own distortion, whichever process it is in.
+    seed: whole numbers. Each image of the whole batch gets a distortion of its own, whichever process it is in.
     """
     from torchvision.transforms.v2.functional import gaussian_blur
 
     first, batch = common.rank() * len(images), common.world_size() * len(images)
     u = torch.rand(2, batch, generator=torch.Generator().manual_seed(common.mix_seed(*seed)))
-    # (2, N, 1, 1, 1): which of this process's images
+    # (2, N, 1, 1, 1): those of this process's images
     blurred, coloured = (u < 0.5)[:, first:first + len(images), None, None, None].to(images.device, non_blocking=True)
     images = torch.where(blurred, gaussian_blur(images, [5, 5], [1.0, 1.0]), images)
     return torch.where(coloured, common.colour_jitter(images, *seed, strength=0.4), images)
 
 
 def target_labels(images, models, args):
-    """Labels y (N, H, W) of clean target images, argmax P_ST beside them, and the momentum features (N, D, h, w).
+    """Of clean target images: labels y (N, H, W), fixed labels argmax P_ST (N, H, W), momentum features (N, D, h, w).
 
-    models: warm_up, momentum and momentum_head are asked. Without rectification y is argmax P_ST, without features.
+    Without rectification y is argmax P_ST, and there are no features. Of `models`: warm_up, momentum, momentum_head.
     """
     with torch.no_grad():
         with common.autocast(args):
@@ -397,11 +391,11 @@ def consistency_loss(view, features, models, args):
 
 
 def step_losses(models, source, images, args, step):
-    """CPSL-11 and its terms: {"loss", "ce_s", "sce_t"} and, with rectification, "sl", perhaps "cons", and "changed".
+    """CPSL-11, "loss", and its terms: "ce_s", "sce_t" and, with rectification, "sl" and, with --consistency, "cons".
 
     models: the network and the head as training calls them (network, self_labeling), the bare head, the warm-up model
     and both momentum copies (warm_up, momentum, momentum_head), the bank. source: (image, label). images: the target's,
-    uint8 (N, 3, H, W). "changed": the share of pixels whose label the rectification changed.
+    uint8 (N, 3, H, W). "changed" is no loss but the share of pixels whose label the rectification changed.
     """
     # The labels come from clean pictures, the network learns from jittered ones.
     clean, jittered = common.normalise(images), common.normalise(common.colour_jitter(images, args.seed, 6, step))
@@ -482,7 +476,7 @@ def build_model(args):
 
 @torch.no_grad()
 def prepare(warm, head, args):
-    """Step 2, one pass over the target train images as they are: the class marginal r and the prototypes' start."""
+    """Step 2, one pass over the target train images, not augmented: the class shares r and the prototypes' start."""
     warm.eval()
     K, D = head.prototypes.shape
     pixels, images = torch.zeros(2, K, dtype=torch.int64, device=args.device).unbind()
@@ -508,8 +502,8 @@ def prepare(warm, head, args):
 def make_optimizers(model, head, args):
     """The network's optimizer, its classifier at --head-scale, and one for the prototypes.
 
-    Theirs is plain SGD whatever --optimizer says: AdamW divides a gradient by its own size, and with it lambda_SL. No
-    weight decay, because a prototype's length does not matter. Held: the scale is 0.
+    The prototypes' is SGD whatever --optimizer says: AdamW divides a gradient by its size, so that lambda_SL would
+    have no effect. No weight decay, because a prototype's length does not matter. Held prototypes have the scale 0.
     """
     optimizer = make_optimizer(model, args)
     optimizer.param_groups[1]["scale"] = args.head_scale  # the classifier's
@@ -518,9 +512,9 @@ def make_optimizers(model, head, args):
 
 
 def label_target(model, args, folder):
-    """Step 4: hard labels of the target train images, from flip-averaged softmax surer than --confidence; as PNGs.
+    """Step 4: writes hard labels of the target train images as PNGs, 255 where the network is not sure enough.
 
-    Returns what the log shows, see common.write_pseudo_labels.
+    Its softmax is the mean over image and mirror image. Returns what the log shows, see common.write_pseudo_labels.
     """
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")
     labelled = ((batch, confident_labels(prob, args.confidence))
@@ -529,7 +523,7 @@ def label_target(model, args, folder):
 
 
 def distill_losses(network, teacher, source, target, args):
-    """CPSL-12 and its terms: source labels, the teacher's sure labels, the teacher's softmax. target: strong view."""
+    """CPSL-12, "loss", and its terms. source: (image, label). target: (distorted image x'', the teacher's label)."""
     with common.autocast(args):
         (_, logits_s), (_, logits_t) = network(source[0]), network(target[0])  # (N, K, h, w)
         with torch.no_grad():
@@ -540,7 +534,7 @@ def distill_losses(network, teacher, source, target, args):
 
 
 def distill(teacher, source, views, args, run, stage, file):
-    """Step 4: a student that starts anew learns from the teacher."""
+    """Step 4: a fresh student learns from the teacher. Checkpoints: `file`."""
     torch.manual_seed(common.mix_seed(args.seed, 9, stage))
     student, steps = build_model(args), args.distill_iterations
     optimizer = make_optimizer(student, args)
@@ -576,10 +570,10 @@ def distill(teacher, source, views, args, run, stage, file):
 
 @torch.no_grad()
 def measure_labels(warm, momentum, momentum_head, views, args, number=None):
-    """Toy only: mIoU of the labels of the first `number` target train images, or of all; of their rare classes, too.
+    """Toy only: mIoU of the labels of the first `number` target train images, or of all, and of the rare classes.
 
-    Fixed (argmax P_ST), rectified (CPSL-17) and by the prototypes alone (argmax P_SL), from copies with settled batch
-    norm in evaluation mode. The truth is looked at here and used nowhere.
+    Fixed (argmax P_ST), rectified (CPSL-17) and by the prototypes alone (argmax P_SL), by models in evaluation mode.
+    The truth is looked at here and used nowhere.
     """
     momentum, classes = copy.deepcopy(momentum), common.task_classes(args.source)
     common.settle_batch_norm(momentum, views, args)
@@ -615,7 +609,7 @@ def parse_args():
     add("--prototype-lr", type=common.positive, metavar="X", default=by_source(0.003, 5e-4, small=1.2e-4),
         help="base rate of the prototypes' SGD [C]")
     add("--hold-prototypes", action="store_true",
-        help="they stay at their start: rectification without self-labelling")
+        help="prototypes stay at their start: rectification without self-labelling")
     add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors', with its own warm-up")
     add("--marginal", choices=("pseudo", "uniform"), default="pseudo",
         help="r: class shares of the pseudo-labels [P], those of the warm-up model [C], or 1/K")
@@ -631,7 +625,7 @@ def parse_args():
         help="pixels in the memory bank, 0 for none [C]")
     add("--ema", type=common.fraction, metavar="X", default=by_source(0.99, 0.999), help="momentum of the copies [C]")
     add("--alpha", type=common.weight, metavar="X", default=by_source(1.0, 0.1),
-        help="weight of CE on the target [C]; 1 where steps are few, which learn little from reverse CE alone")
+        help="weight of CE on the target [C]; 1 on the toy, whose few steps learn little from reverse CE alone")
     add("--beta", type=common.weight, metavar="X", default=1.0, help="weight of reverse CE on the target [C]")
     add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
     add("--consistency", action=switch, default=by_source(False, True),
@@ -663,7 +657,7 @@ def main():
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
 
-    # Step 2: the frozen warm-up model, the class marginal, the prototypes; momentum copies and an empty bank.
+    # Step 2: the frozen warm-up model, the class shares, the prototypes. Then momentum copies and an empty bank.
     common.settle_batch_norm(model, views, args)
     warm = copy.deepcopy(model).eval()
     head = SelfLabelingHead(len(common.task_classes(args.source)), model.feature_dim).to(args.device)
@@ -672,7 +666,7 @@ def main():
         r = head.marginal
         run.log("warm-up", classes=int((r > 0).sum()), rarest=r[r > 0].min().item())
         run.save("warmup.pt", 1, warm, head=head)
-    # Neither copy is given to an optimizer. The network's keeps requires_grad, without which a batch norm is frozen.
+    # No optimizer gets the copies. The network's keeps requires_grad: a batch norm without it counts as frozen.
     momentum, momentum_head = copy.deepcopy(model), copy.deepcopy(head).requires_grad_(False)
     bank = MemoryBank(args.bank, model.feature_dim, args.device)
 
@@ -704,7 +698,7 @@ def main():
         terms["loss"].backward()
         optimizer.step()
         prototype_optimizer.step()
-        if args.rectify:  # without, nobody asks the momentum copies
+        if args.rectify:  # otherwise nothing uses the momentum copies
             update_average(momentum, model, args.ema)
             update_average(momentum_head, head, args.ema)
         run.log_step("adapt", done, args.iterations, lr=optimizer.param_groups[0]["lr"], **terms, moved=head.moved())
