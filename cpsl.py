@@ -612,7 +612,7 @@ def parse_args():
         help="prototypes stay at their start: rectification without self-labelling")
     add("--head", choices=("deeplab", "proda"), default="deeplab", help="proda: the authors', with its own warm-up")
     add("--marginal", choices=("pseudo", "uniform"), default="pseudo",
-        help="r: class shares of the pseudo-labels [P], those of the warm-up model [C], or 1/K")
+        help="r: class shares of the pseudo-labels [P], here the warm-up model's [C]; or 1/K for all")
     add("--sampling", choices=("proportional", "uniform"), default="proportional",
         help="of pixels in L_SL: class by class, the paper's Eq. 9 [A], or over all pixels [C]")
     add("--rectify", action=switch, default=True,
