@@ -148,7 +148,7 @@ class ClassStatistics:
     """SDCA-10: mean, variance (divided by n) and number of all pixels ever seen, for every class, exact.
 
     mean (C, D) and variance (C, D) are float64, count (C,) is int64: in float32 a counter stops at 2^24. A class
-    without pixels has zeros. state_dict and load_state_dict make them a part of a checkpoint.
+    without pixels has zeros. state_dict and load_state_dict put all three into checkpoints.
     """
 
     def __init__(self, num_classes, dim, device="cpu"):
@@ -157,7 +157,7 @@ class ClassStatistics:
         self.count = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, features, labels):
-        """Adds pixels: features (n, D), labels (n,), 255 ignored. Memory O(n D): no tensor has an axis for n, C and D.
+        """Adds pixels: features (n, D), labels (n,), 255 ignored. Memory O(n D): no tensor has all three axes.
 
         Two passes within the batch, because E[r^2] - m^2 cancels in float32.
         """
@@ -172,13 +172,13 @@ class ClassStatistics:
         self.merge(batch)
 
     def merge(self, other):
-        """Pools the pixels of `other` into these; the result does not depend on order or grouping."""
+        """Adds the pixels that `other` describes. Order and grouping make no difference."""
         # SDCA-10
         count = self.count + other.count
-        w = (other.count.double() / count.clamp(min=1))[:, None]  # (C, 1)
-        between = w * (1 - w) * (self.mean - other.mean).square()
-        self.variance = (1 - w) * self.variance + w * other.variance + between
-        self.mean = (1 - w) * self.mean + w * other.mean
+        q = (other.count.double() / count.clamp(min=1))[:, None]  # (C, 1)
+        between = q * (1 - q) * (self.mean - other.mean).square()
+        self.variance = (1 - q) * self.variance + q * other.variance + between
+        self.mean = (1 - q) * self.mean + q * other.mean
         self.count = count
 
     def state_dict(self):
@@ -202,16 +202,16 @@ def lovasz_softmax(prob, label):
 
 
 def jaccard_drops(errors, truth):
-    """J_{i-1} - J_i of SDCA-1 for one class, of each pixel (n,) at its own place; zeros for a class without pixels.
+    """J_{j-1} - J_j of SDCA-1 for one class, of each pixel (n,) at its own place; zeros for a class without pixels.
 
     errors (n,), truth (n,): whether the pixel belongs to the class. Only the order of the errors counts here, so this
     is also the gradient of the Lovasz extension.
     """
     order = falling_order(errors)
     truth = truth[order]
-    # Intersection I and union U of truth and prediction when the i worst pixels are wrong, J_i = I / U. Pixel i, if of
-    # the class, has just left I: J falls by 1 / U. If not, it has just joined U: J falls by I / (U - 1) - I / U, which
-    # is I / U / (U - 1). Taken as differences, drops of a million pixels would be lost to rounding in float32.
+    # Intersection I and union U of truth and prediction when the j worst pixels are wrong: J_j = I / U. If pixel j is
+    # of the class, it has just left I, and J falls by 1 / U. If not, it has just joined U, and J falls by
+    # I / (U - 1) - I / U = I / U / (U - 1). Differences of J itself would be lost to rounding in float32.
     intersection = (truth.sum() - truth.cumsum(0)).to(errors)  # (n,)
     union = (truth.sum() + (~truth).cumsum(0)).to(errors)  # (n,)
     drops = torch.where(truth, 1 / union, intersection / union / (union - 1).clamp(min=1))  # (n,)
@@ -221,7 +221,7 @@ def jaccard_drops(errors, truth):
 def falling_order(values):
     """Indices (n,) of the values (n,) >= 0, largest first.
 
-    The bits of such floats, read as integers, have the same order; a CPU sorts integers several times faster.
+    The bits of such floats, read as integers, have the same order, and a CPU sorts integers several times faster.
     """
     return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).argsort(stable=True).flip(0)
 
@@ -233,7 +233,7 @@ def online_labels(logits, delta):
 
 
 def confidence_histogram(prob, bins=2**14):
-    """(C, bins) int64: how many pixels of prob (N, C, H, W) are predicted as each class with a confidence in each bin.
+    """(C, bins) int64: of the pixels of prob (N, C, H, W), how many are predicted as which class, how confidently.
 
     Bin i holds [i, i + 1) / bins, the last one also 1. A power of two makes the bin of a float exact.
     """
@@ -274,22 +274,22 @@ def source_loss(logits, label, lambda_lov):
 
 
 def pooled(statistics):
-    """SDCA-10 over all processes: the ClassStatistics of everybody's pixels, by three sums. With one process a copy."""
-    everybody = ClassStatistics(*statistics.mean.shape, statistics.mean.device)
-    everybody.count = common.all_sum(statistics.count.clone())
-    share = (statistics.count.double() / everybody.count.clamp(min=1))[:, None]  # (C, 1)
-    everybody.mean = common.all_sum(share * statistics.mean)
-    between = (statistics.mean - everybody.mean).square()
-    everybody.variance = common.all_sum(share * (statistics.variance + between))
-    return everybody
+    """SDCA-10 over all processes: the ClassStatistics of their pixels together. With one process a copy."""
+    total = ClassStatistics(*statistics.mean.shape, statistics.mean.device)
+    total.count = common.all_sum(statistics.count.clone())
+    q = (statistics.count.double() / total.count.clamp(min=1))[:, None]  # (C, 1)
+    total.mean = common.all_sum(q * statistics.mean)
+    between = (statistics.mean - total.mean).square()
+    total.variance = common.all_sum(q * (statistics.variance + between))
+    return total
 
 
 def step_losses(network, statistics, x_s, y_s, x_t, args):
-    """SDCA-9: the terms of one step of the adaptation, of which "loss" is the total. The whole method, in its order.
+    """SDCA-9, "loss", and its terms, one step of the adaptation: the whole method, in its order.
 
     x_s, x_t (N, 3, H, W) source and target images, y_s (N, H, W). statistics: {"feat", "out": ClassStatistics} of the
-    source so far, to which this batch is added. "kept" is the share of confident target pixels; for "own_.." and
-    "other_.." see cosines.
+    source so far, to which this batch is added. Meters beside the losses: "kept", the share of confident target pixels,
+    and "own_feat", "other_feat", "own_out", "other_out" as in `cosines`.
     """
     with common.autocast(args):
         (features_s, logits_s), (features_t, logits_t) = network(x_s), network(x_t)  # (N, D, h, w), (N, C, h, w)
@@ -383,7 +383,7 @@ def collect_statistics(model, statistics, args, run):
 
 
 def adaptation_lr(base, step, steps, args):
-    """Learning rate of step 1 .. steps: the ramp, then poly over `horizon` times the steps (authors: MAX / STOP)."""
+    """Learning rate of step 1 .. steps: the ramp, times a poly schedule that would end after `horizon` x the steps."""
     return common.ramp(step, args) * poly_lr(base, step - 1, args.horizon * steps, args.power)
 
 
@@ -396,7 +396,7 @@ def adapt(model, source, target, args, run):
     network, optimizer, steps = common.distribute(model, args), make_optimizer(model, args), args.iterations
     start = run.load("sdca.pt", model, optimizer=optimizer, **statistics)
     if not statistics["out"].count.any():
-        # Live batch norm still has the source's statistics here: in stage 3, too, each domain is normalised by its own.
+        # Live batch norm still has the source's statistics here. In stage 3, too, each domain is normalised by its own.
         collect_statistics(model, statistics, args, run)
         common.settle_batch_norm(model, target, args)
         if run.scorable:
@@ -424,7 +424,7 @@ def adapt(model, source, target, args, run):
 def label_target(model, args, folder):
     """Stage 4: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
-    Returns what the log shows: the lowest and highest threshold and what common.write_pseudo_labels tells.
+    Returns what the log shows: the lowest and the highest threshold, and what common.write_pseudo_labels returns.
     """
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")  # the toy's truth is for the log
     histogram = sum(confidence_histogram(prob) for _, prob in common.predictions(model, dataset, args))
@@ -472,7 +472,7 @@ def cosines(features, labels, mean):
 
 @torch.no_grad()
 def target_cosines(model, statistics, args):
-    """The meter: `cosines` of the target's validation pixels with the source's class means, by their true classes."""
+    """`cosines` of the target's validation pixels, by their true classes, with the source's class means."""
     model.eval()
     sums = {level: torch.zeros(3, dtype=torch.float64, device=args.device) for level in statistics}
     for batch in common.evaluation_batches(common.target_dataset(args, "val"), args):
@@ -543,7 +543,7 @@ def parse_args():
         help="its base learning rate [C]")
     add("--horizon", type=common.number(float, 1), metavar="X", default=common.by_source(1.0, 1.5625, small=1.0),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
-    add("--tau", type=common.positive, default=100.0, help="temperature [C]; below 1 the covariance counts")
+    add("--tau", type=common.positive, default=100.0, help="temperature [C]; from 1 down the covariance counts")
     add("--delta", type=common.fraction, default=0.9, help="least confidence of a target pixel in the adaptation [C]")
     add("--lambda-lov", type=common.weight, default=0.75,
         help="weight of Lovasz-softmax on source, also in the warm-up [C]")
