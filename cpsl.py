@@ -193,7 +193,7 @@ def self_labeling_loss(features, prototypes, assignment, temperature=0.08):
 
 
 def kl_divergence(guide, follower):
-    """CPSL-10, CPSL-13: KL divergence of the softmaxes of logits (N, K, h, w). Gradients reach the follower only."""
+    """CPSL-10, CPSL-13, of logits (N, K, h, w): a mean over all entries. Gradients reach the follower only."""
     log_t, log_s = guide.detach().float().log_softmax(1), follower.float().log_softmax(1)  # (N, K, h, w)
     # CPSL-10, CPSL-13
     return (log_t.exp() * (log_t - log_s)).mean()
@@ -296,7 +296,7 @@ def confident_labels(prob, confidence):
 
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """The momentum copy follows: a step leaves `momentum` of its distance to the model. Buffers are copied."""
+    """The momentum copy follows: one step multiplies its distance to the model by `momentum`. Buffers are copied."""
     for mean, new in zip(average.parameters(), model.parameters()):
         mean.lerp_(new, 1 - momentum)
     for mean, new in zip(average.buffers(), model.buffers()):
@@ -324,7 +324,7 @@ class ProDANetwork(common.DeepLabV2):
         self.feature_dim = 256
 
     def forward(self, images):
-        features = self.backbone(images)  # (N, 3, H, W) -> (N, D, h, w)
+        features = self.backbone(images)  # (N, 3, H, W) -> (N, channels, h, w); D of the other comments is 256 here
         maps = torch.cat([branch(features) for branch in self.classifier["branches"]], 1)  # (N, 1280, h, w)
         features = self.classifier["merge"](maps * self.classifier["excite"](maps))  # (N, 256, h, w)
         return features, self.classifier["classify"](features)

@@ -512,7 +512,7 @@ def target_cosines(model, statistics, args):
 # 14. Authors: SSL models are scored at 1024x2048, the others at 512x1024. Here: all at --size (evaluate.py has a flag).
 # 15. Authors: frozen batch norm has no epsilon. Here: it has.
 # 16. Authors: VGG16 has Caffe's weights and reads BGR from 0 to 255. Here: torchvision's weights and normalised RGB.
-# 17. Authors: the paper measures PDD, as a reader of it says, a discrimination distance of pixels. Its definition was not
+# 17. Authors: as a reader says, the paper measures PDD, a discrimination distance of pixels. Its definition was not
 #     available. Here: not measured. Our meters are the two cosines.
 #
 # setting                       authors                               real data, without --preset   here on the toy
