@@ -726,7 +726,6 @@ if __name__ == "__main__":
 
 
 # =============================================== further deviations ===============================================
-# Numbered on from the docstring's.
 #
 #  6. P_ST. Authors: of whole target images, stored (7.5 GB), probabilities resized. Here: the frozen warm-up model
 #     labels each crop anew, its logits resized. r comes from whole images and differs a little from the crops' shares.
