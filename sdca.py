@@ -5,28 +5,31 @@
 
 READ THIS FIRST. Only the paper's first page (title, authors, abstract) was available. The equations below are those of
 the authors' released code, and the steps from the contrastive loss to its bound were derived again. Labels such as
-SDCA-5 are this project's own: the paper's numbers are unknown. Defaults without an origin, as the toy's, are ours.
+SDCA-5 are this project's own, because the paper's numbers are unknown. Origin of equations and flags:
 
     [P] stated by the paper's abstract       [C] the authors' code       [T] the authors in an issue thread
-    [D] derived here, checked numerically
+    [D] derived here, checked numerically    no mark: ours
+
+A flag's origin is that of its value on real data; the toy's own values and those of --preset small are ours.
 
 The idea in five sentences
 --------------------------
-1. A pixel should look like its class in both domains: its representation should lie near the *distribution* that its
-   class has on the labelled source [P]. A source pixel's class is its label, a target pixel's class is the network's
-   own prediction, where that is confident [C].
+1. In both domains the representation of a pixel should lie near the *distribution* that its class has on the labelled
+   source [P]. A source pixel's class is its label, a target pixel's class is the network's own prediction, where that
+   is confident [C].
 2. A contrastive loss over pixels does that: it pulls a pixel towards its class and away from all others [P].
 3. Instead of drawing pairs of pixels, the loss is taken over infinitely many of them [P]: every class is described by
    the mean and the variance of all its source pixels [C].
-4. That loss has an upper bound [P] in closed form, as cheap as a linear classifier, and the bound is trained [C].
-5. Self-supervised learning improves the result further [P]: the adapted network labels the target, and a network is
-   trained on the labels it is sure of (SSL) [C].
+4. That loss has an upper bound, which is minimised in its place [P]. It has a closed form, as cheap as a linear
+   classifier [C].
+5. Self-supervised learning (SSL) improves the result further [P]: the adapted network labels the target where it is
+   sure, and a network is trained on these labels [C].
 At the authors' temperature, tau = 100, the variances change the loss by at most 5e-5: "distribution-aware" is
-numerically "centroid-aware", and only the means count. See "What tau = 100 means" below.
+numerically "centroid-aware", and only the means count [D]. See "What tau = 100 means" below.
 
 Notation
 --------
-    N images   C classes (index k)   h x w feature grid (stride 8), n pixels on it (index i)
+    N images   C classes (index k)   h x w feature grid (stride 8)   n pixels: the grid's cells in all images (index i)
     r_i        representation of pixel i, D numbers: backbone features (level feat) or logits (level out, D = C)
     f_i        r_i / |r_i|, and f' is f as a row     y_i  label: truth (source) or confident prediction (target)
     M_k, V_k, n_k   mean, variance per dimension and number of all *source* pixels of class k so far, over raw r
@@ -34,37 +37,38 @@ Notation
     sigma^2_k  V_k / |V_k|: a variance per dimension, not a deviation     Sigma_k  covariance, diag(sigma^2_k)
     tau  temperature     delta, theta_k  confidence thresholds     P  softmax probabilities, P(k) that of class k
     up   upsampled to the label's size     CE  cross-entropy, mean over the pixels that are not 255 (ignore)
+    lambda_lov, lambda_feat, lambda_out  weights of losses: 0.75, 1, 1 (on the toy 0.75, 10, 10)
 
 Equations
 ---------
     SDCA-1   L_sup = CE(up(logits_s), y_s) + lambda_lov Lovasz(softmax(up(logits_s)), y_s)                      [C]
-             Lovasz = mean over the classes k in the batch of  sum_i e_(i) (J_{i-1} - J_i): e_(i) is the i-th largest
-             error |1[y = k] - P(k)|, and J_i is the Jaccard index (IoU) of class k if the i pixels with the largest
-             errors were wrong and all others right, so that J_0 = 1 (Berman et al., arXiv 1705.08790)
+             Lovasz = mean over the classes k in the batch of  sum_j e_j (J_{j-1} - J_j), where e_j is the j-th largest
+             error |1[y = k] - P(k)| of a pixel, and J_j is the Jaccard index (IoU) that class k would have if the j
+             pixels with the largest errors were wrong and all others right: J_0 = 1 (Berman et al., arXiv 1705.08790)
     SDCA-2   l(f, y) = -mean_{g+} log( exp(f.g+ / tau) / (exp(f.g+ / tau) + sum_{k != y} mean_{g_k} exp(f.g_k / tau)) )
              for a pixel f of class y. Its partners are pixels too: g+ of its own class, g_k of another class k;
              every class weighs the same, however frequent it is                                                [D]
     SDCA-3   l_inf = E_{g+} log( exp(f.g+ / tau) + sum_{k != y} E_{g_k} exp(f.g_k / tau) ) - f.mu_y / tau       [D]
-             the same over infinitely many partners [P]. As the form of the bound implies, class k is a Gaussian
-             with mean mu_k and covariance Sigma_k. Then f.g_k / tau is a Gaussian number with mean f.mu_k / tau and
-             variance f' Sigma_k f / tau^2, and for such a number x the moment-generating function of a Gaussian,
-             E exp(x) = exp(mean + variance / 2), gives the logarithm of the inner expectation:
+             the same over infinitely many partners [P]. The form of the bound implies that class k is a Gaussian
+             with mean mu_k and covariance Sigma_k. Then f.g_k / tau is a Gaussian number, with mean f.mu_k / tau and
+             variance f' Sigma_k f / tau^2. Every Gaussian number a has E exp(a) = exp(mean + variance / 2), by its
+             moment-generating function. So the inner expectation has the logarithm
     SDCA-4   z_k = log E_{g_k} exp(f.g_k / tau) = f.mu_k / tau + f' Sigma_k f / (2 tau^2)                       [C]
              Jensen's inequality, E log(x) <= log E(x), moves the outer expectation into the logarithm:
-    SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  >=  l_inf                                         [C]
-             = CE(z, y) + f' Sigma_y f / (2 tau^2), the authors' form: bound_textbook in tests/benchmark.py     [D]
+    SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  >=  l_inf                                         [D]
+             = -log softmax_y(z) + f' Sigma_y f / (2 tau^2), in this form tests/benchmark.py: bound_textbook    [C]
     SDCA-6   f' Sigma_k f = sum_d f_d^2 sigma^2_kd     a diagonal covariance [C], for want of memory [T]
     SDCA-7   L_feat = mean bound(source features, y_s) + mean bound(target features, y_t)                       [C]
-    SDCA-8   L_out  = the same with logits and their own statistics; the same labels                            [C]
+    SDCA-8   L_out  = the same with logits and their statistics, and with the same labels                       [C]
     SDCA-9   L = L_sup + lambda_feat L_feat + lambda_out L_out                                                  [C]
-    SDCA-10  A batch with b pixels of class k, of mean m and variance v (divisor b), is pooled exactly, and nothing is
-             forgotten: w = b / (b + n_k),  V_k <- (1 - w) V_k + w v + w (1 - w) (M_k - m)^2 with the old M_k,
-             M_k <- (1 - w) M_k + w m,  n_k <- n_k + b                                                          [C]
+    SDCA-10  A batch has b pixels of class k, with mean m and variance v (divisor b). They join all earlier ones:
+             q = b / (b + n_k),  V_k <- (1 - q) V_k + q v + q (1 - q) (M_k - m)^2 with the old M_k,
+             M_k <- (1 - q) M_k + q m,  n_k <- n_k + b                                                          [C]
     SDCA-11  L_ssl = CE(up(logits_t), y_t) with stored pseudo-labels: target images only                        [C]
     SDCA-12  bound = log C - f.(mu_y - mean_k mu_k) / tau + O(1 / tau^2)                                        [D]
-    SDCA-13  y_t = argmax_k P(k) at stride 8, 255 where max_k P(k) < delta; anew in every step                  [C]
-    SDCA-14  y_t = argmax_k P(k) at full size, 255 where max_k P(k) < theta_{y_t}, theta_k = min(0.9, median of
-             max P over the target pixels predicted k), 0 if there are none; once, after the adaptation         [C]
+    SDCA-13  y_t = argmax_k P(k) at stride 8, 255 where max_k P(k) < delta, anew in every step                  [C]
+    SDCA-14  y_t = argmax_k P(k) at image size, 255 where max_k P(k) < theta_{y_t}, once, after the adaptation.
+             theta_k = min(0.9, median of max P over the target pixels predicted k), 0 if there are none        [C]
     SDCA-15  images with rare classes are drawn more often: not done here, deviation 2                          [C]
 
 The algorithm, by stages                                                   paper's notion -> function
@@ -77,28 +81,27 @@ The algorithm, by stages                                                   paper
      statistics first, with the batch's source pixels, SDCA-10             pooled, ClassStatistics.merge
      then the bound for features and for logits, SDCA-4 to SDCA-8          contrastive_bound
 4. One round of pseudo-labels for the target train images, SDCA-14.        label_target, class_thresholds, pseudo_labels
-5. Self-supervised training on them alone, SDCA-11.                        train_ssl
+5. Self-supervised training on these images alone, SDCA-11.                train_ssl
 6. Scores of the last checkpoint, and of the model before stage 4.         common.compare_with_source_only
 
 What tau = 100 means, by SDCA-12 [D]
 ------------------------------------
-Cosines of features behind a ReLU lie in [0, 1], so for 19 classes the bound on features lies between 2.9350 and 2.9539
-whatever happens (2.7632 and 2.7820 for the toy's 16): its value says nothing. Watch instead `own_feat` (f.mu_y) against
+Cosines of features after a ReLU lie in [0, 1]. So the bound on features always lies between 2.935 and 2.954 for 19
+classes (2.763 and 2.782 for the toy's 16), and its value says nothing. Watch instead `own_feat` (f.mu_y) against
 `other_feat` (max_{k != y} f.mu_k), and the same for logits: in the log for confident target pixels, in result.json for
-the validation pixels, before and after stage 3. Only with tau of 1 or less does the covariance count (compare
---no-covariance). The pull has the strength lambda / tau, and why lambda is 10 on the toy stands above parse_args.
+the validation pixels, before and after stage 3. The covariance counts only where tau is 1 or less (compare
+--no-covariance). The pull has the strength lambda / tau. Why lambda is 10 on the toy stands above parse_args.
 
 Deviations that change the method (the others, and a table of settings, stand above parse_args)
----------------------------------
+-----------------------------------------------------------------------------------------------
  1. Authors: Sigma is a full matrix in the paper, as a reader of it says, and a diagonal in the code. Here: a diagonal.
- 2. Authors: SDCA-15, a class k is drawn with p ~ 1 / log(1.01 + its share so far), then an image that shows it.
+ 2. Authors: SDCA-15. A class k is drawn in proportion to 1 / log(1.01 + its share so far), then an image that shows it.
     Here: every image once per epoch.
- 3. Authors: batch norm is frozen until SSL, which trains it. Here: --batch-norm decides for stages 2 to 5; a network
-    that --from-scratch-ssl starts anew has it as in stage 1.
- 4. Authors: SSL starts from ImageNet weights. Here: on real data, too; on the toy and with --preset small, which have
-    too few steps for that, from the adapted model. One round [C], though the authors call several usual [T].
- 5. Authors: of each of three stages the checkpoint with the best score by the target's validation labels is kept.
-    Here: always the last.
+ 3. Authors: batch norm is frozen until the SSL, which trains it. Here: --batch-norm decides for stages 2 to 5. For a
+    network that --from-scratch-ssl starts anew, it is as in stage 1.
+ 4. Authors: the SSL starts from ImageNet weights. Here: the same on real data. The toy and --preset small have too few
+    steps for that and start from the adapted model. One round [C], though the authors call several usual [T].
+ 5. Authors: in each of three stages the best checkpoint by the target's validation labels is kept. Here: the last.
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, SDCA 35.3 mIoU and
 16.7 of the rare classes (idea off 35.0, 15.8), before the SSL 35.5 (35.7); own and nearest other cosine of features
@@ -107,8 +110,8 @@ Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estima
     python sdca.py                                              # toy world: all stages, table, picture
     python sdca.py --lambda-feat 0 --lambda-out 0               # the idea off: no contrastive loss, the same steps
     python sdca.py --no-ssl                                     # the contrastive adaptation alone
-    python sdca.py --tau 0.5 --lambda-feat 1 --lambda-out 1     # a temperature at which the covariance counts ...
-    python sdca.py --tau 0.5 --lambda-feat 1 --lambda-out 1 --no-covariance      # ... and without it: centroid-aware
+    python sdca.py --tau 0.5 --lambda-feat 1 --lambda-out 1     # a temperature at which the covariance counts
+    python sdca.py --tau 0.5 --lambda-feat 1 --lambda-out 1 --no-covariance      # the same without it: centroid-aware
     python sdca.py --source gta5 --data-root DIR --init runs/source_only-gta5-s0/last.pt
 """
 
@@ -145,7 +148,7 @@ class ClassStatistics:
     """SDCA-10: mean, variance (divided by n) and number of all pixels ever seen, for every class, exact.
 
     mean (C, D) and variance (C, D) are float64, count (C,) is int64: in float32 a counter stops at 2^24. A class
-    without pixels has zeros. state_dict and load_state_dict make them a part of a checkpoint.
+    without pixels has zeros. state_dict and load_state_dict put all three into checkpoints.
     """
 
     def __init__(self, num_classes, dim, device="cpu"):
@@ -154,7 +157,7 @@ class ClassStatistics:
         self.count = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, features, labels):
-        """Adds pixels: features (n, D), labels (n,), 255 ignored. Memory O(n D): no tensor has an axis for n, C and D.
+        """Adds pixels: features (n, D), labels (n,), 255 ignored. Memory O(n D): no tensor has all three axes.
 
         Two passes within the batch, because E[r^2] - m^2 cancels in float32.
         """
@@ -169,13 +172,13 @@ class ClassStatistics:
         self.merge(batch)
 
     def merge(self, other):
-        """Pools the pixels of `other` into these; the result does not depend on order or grouping."""
+        """Adds the pixels that `other` describes. Order and grouping make no difference."""
         # SDCA-10
         count = self.count + other.count
-        w = (other.count.double() / count.clamp(min=1))[:, None]  # (C, 1)
-        between = w * (1 - w) * (self.mean - other.mean).square()
-        self.variance = (1 - w) * self.variance + w * other.variance + between
-        self.mean = (1 - w) * self.mean + w * other.mean
+        q = (other.count.double() / count.clamp(min=1))[:, None]  # (C, 1)
+        between = q * (1 - q) * (self.mean - other.mean).square()
+        self.variance = (1 - q) * self.variance + q * other.variance + between
+        self.mean = (1 - q) * self.mean + q * other.mean
         self.count = count
 
     def state_dict(self):
@@ -199,16 +202,16 @@ def lovasz_softmax(prob, label):
 
 
 def jaccard_drops(errors, truth):
-    """J_{i-1} - J_i of SDCA-1 for one class, of each pixel (n,) at its own place; zeros for a class without pixels.
+    """J_{j-1} - J_j of SDCA-1 for one class, of each pixel (n,) at its own place; zeros for a class without pixels.
 
     errors (n,), truth (n,): whether the pixel belongs to the class. Only the order of the errors counts here, so this
     is also the gradient of the Lovasz extension.
     """
     order = falling_order(errors)
     truth = truth[order]
-    # Intersection I and union U of truth and prediction when the i worst pixels are wrong, J_i = I / U. Pixel i, if of
-    # the class, has just left I: J falls by 1 / U. If not, it has just joined U: J falls by I / (U - 1) - I / U, which
-    # is I / U / (U - 1). Taken as differences, drops of a million pixels would be lost to rounding in float32.
+    # Intersection I and union U of truth and prediction when the j worst pixels are wrong: J_j = I / U. If pixel j is
+    # of the class, it has just left I, and J falls by 1 / U. If not, it has just joined U, and J falls by
+    # I / (U - 1) - I / U = I / U / (U - 1). Differences of J itself would be lost to rounding in float32.
     intersection = (truth.sum() - truth.cumsum(0)).to(errors)  # (n,)
     union = (truth.sum() + (~truth).cumsum(0)).to(errors)  # (n,)
     drops = torch.where(truth, 1 / union, intersection / union / (union - 1).clamp(min=1))  # (n,)
@@ -218,7 +221,7 @@ def jaccard_drops(errors, truth):
 def falling_order(values):
     """Indices (n,) of the values (n,) >= 0, largest first.
 
-    The bits of such floats, read as integers, have the same order; a CPU sorts integers several times faster.
+    The bits of such floats, read as integers, have the same order, and a CPU sorts integers several times faster.
     """
     return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).argsort(stable=True).flip(0)
 
@@ -230,7 +233,7 @@ def online_labels(logits, delta):
 
 
 def confidence_histogram(prob, bins=2**14):
-    """(C, bins) int64: how many pixels of prob (N, C, H, W) are predicted as each class with a confidence in each bin.
+    """(C, bins) int64: of the pixels of prob (N, C, H, W), how many are predicted as which class, how confidently.
 
     Bin i holds [i, i + 1) / bins, the last one also 1. A power of two makes the bin of a float exact.
     """
@@ -271,22 +274,22 @@ def source_loss(logits, label, lambda_lov):
 
 
 def pooled(statistics):
-    """SDCA-10 over all processes: the ClassStatistics of everybody's pixels, by three sums. With one process a copy."""
-    everybody = ClassStatistics(*statistics.mean.shape, statistics.mean.device)
-    everybody.count = common.all_sum(statistics.count.clone())
-    share = (statistics.count.double() / everybody.count.clamp(min=1))[:, None]  # (C, 1)
-    everybody.mean = common.all_sum(share * statistics.mean)
-    between = (statistics.mean - everybody.mean).square()
-    everybody.variance = common.all_sum(share * (statistics.variance + between))
-    return everybody
+    """SDCA-10 over all processes: the ClassStatistics of their pixels together. With one process a copy."""
+    total = ClassStatistics(*statistics.mean.shape, statistics.mean.device)
+    total.count = common.all_sum(statistics.count.clone())
+    q = (statistics.count.double() / total.count.clamp(min=1))[:, None]  # (C, 1)
+    total.mean = common.all_sum(q * statistics.mean)
+    between = (statistics.mean - total.mean).square()
+    total.variance = common.all_sum(q * (statistics.variance + between))
+    return total
 
 
 def step_losses(network, statistics, x_s, y_s, x_t, args):
-    """SDCA-9: the terms of one step of the adaptation, of which "loss" is the total. The whole method, in its order.
+    """SDCA-9, "loss", and its terms, one step of the adaptation: the whole method, in its order.
 
     x_s, x_t (N, 3, H, W) source and target images, y_s (N, H, W). statistics: {"feat", "out": ClassStatistics} of the
-    source so far, to which this batch is added. "kept" is the share of confident target pixels; for "own_.." and
-    "other_.." see cosines.
+    source so far, to which this batch is added. Meters beside the losses: "kept", the share of confident target pixels,
+    and "own_feat", "other_feat", "own_out", "other_out" as in `cosines`.
     """
     with common.autocast(args):
         (features_s, logits_s), (features_t, logits_t) = network(x_s), network(x_t)  # (N, D, h, w), (N, C, h, w)
@@ -380,7 +383,7 @@ def collect_statistics(model, statistics, args, run):
 
 
 def adaptation_lr(base, step, steps, args):
-    """Learning rate of step 1 .. steps: the ramp, then poly over `horizon` times the steps (authors: MAX / STOP)."""
+    """Learning rate of step 1 .. steps: the ramp, times a poly schedule that would end after `horizon` x the steps."""
     return common.ramp(step, args) * poly_lr(base, step - 1, args.horizon * steps, args.power)
 
 
@@ -393,7 +396,7 @@ def adapt(model, source, target, args, run):
     network, optimizer, steps = common.distribute(model, args), make_optimizer(model, args), args.iterations
     start = run.load("sdca.pt", model, optimizer=optimizer, **statistics)
     if not statistics["out"].count.any():
-        # Live batch norm still has the source's statistics here: in stage 3, too, each domain is normalised by its own.
+        # Live batch norm still has the source's statistics here. In stage 3, too, each domain is normalised by its own.
         collect_statistics(model, statistics, args, run)
         common.settle_batch_norm(model, target, args)
         if run.scorable:
@@ -421,7 +424,7 @@ def adapt(model, source, target, args, run):
 def label_target(model, args, folder):
     """Stage 4: pseudo-labels of the target train images, written to `folder` as PNGs. Two passes, bounded memory.
 
-    Returns what the log shows: the lowest and highest threshold and what common.write_pseudo_labels tells.
+    Returns what the log shows: the lowest and the highest threshold, and what common.write_pseudo_labels returns.
     """
     dataset = common.target_dataset(args, "train", labelled=args.source == "toy")  # the toy's truth is for the log
     histogram = sum(confidence_histogram(prob) for _, prob in common.predictions(model, dataset, args))
@@ -469,7 +472,7 @@ def cosines(features, labels, mean):
 
 @torch.no_grad()
 def target_cosines(model, statistics, args):
-    """The meter: `cosines` of the target's validation pixels with the source's class means, by their true classes."""
+    """`cosines` of the target's validation pixels, by their true classes, with the source's class means."""
     model.eval()
     sums = {level: torch.zeros(3, dtype=torch.float64, device=args.device) for level in statistics}
     for batch in common.evaluation_batches(common.target_dataset(args, "val"), args):
@@ -492,25 +495,25 @@ def target_cosines(model, statistics, args):
 # Numbered on from the docstring's.
 #
 #  6. Authors: whole images in stages 1 to 3, neither flipped nor scaled. Stage 3 jitters and blurs the source images,
-#     and turns some grey. SSL trains on crops of 1024x2048 images scaled by 0.5 to 1.5, and for ResNet-101 with the
-#     jitter, blur and grey of stage 3. Here: one recipe for all methods, domains and stages: scale, crop, flip, jitter.
+#     and turns some grey. SSL trains on crops of 512x1024 from images of 1024x2048 scaled by 0.5 to 1.5, and for
+#     ResNet-101 distorts them as stage 3 does. Here: scale, crop, flip and jitter for all methods, domains and stages.
 #  7. Authors: max-pooling rounds sizes down, to 64x128 cells for 512x1024 pixels, and a cell's source label is that of
 #     the pixel at its corner. Here: sizes are rounded up, to 65x129 cells, and the label is that of the pixel at the
 #     cell's centre (common.grid_labels).
-#  8. Authors: a model of stage 1 has seen the Lovasz term. Here: ours too, but one of source_only.py (--init) has not.
+#  8. Authors: stage 1 has the Lovasz term. Here: the same, but a model of source_only.py (--init) was trained without.
 #  9. Authors: a batch without a confident target pixel gives NaN. Here: a zero.
-# 10. Authors: before July 2021 their code compared raw logits with delta, since then probabilities. It is unknown which
-#     form made the published figures. Here: probabilities.
-# 11. Authors: each GPU keeps statistics of its own. Here: the pixels of all processes are pooled in every step. The
-#     losses are means over each process's own pixels, there and here.
+# 10. Authors: before July 2021 their code compared raw logits with delta, since then probabilities. Which of the two
+#     made the published figures is unknown. Here: probabilities.
+# 11. Authors: each GPU keeps statistics of its own. Here: the pixels of all processes are pooled in every step. Both
+#     take losses as means over a process's own pixels.
 # 12. Authors: statistics are not saved, and counts are float32. Here: they are part of sdca.pt, and counts are int64.
 # 13. Authors: thresholds at 512x1024, labels at 1024x2048, all confidences in memory (about 19 GB). Here: both at
-#     --size, and a histogram of 16,384 bins per class, so that theta_k is too low by less than 2^-14, never too high.
+#     --size, by a histogram of 16,384 bins per class. So theta_k is too low by less than 2^-14, and never too high.
 # 14. Authors: SSL models are scored at 1024x2048, the others at 512x1024. Here: all at --size (evaluate.py has a flag).
 # 15. Authors: frozen batch norm has no epsilon. Here: it has.
 # 16. Authors: VGG16 has Caffe's weights and reads BGR from 0 to 255. Here: torchvision's weights and normalised RGB.
-# 17. Authors: the paper measures PDD, a discrimination distance of pixels whose definition was not available.
-#     Here: not measured. Our meters are the two cosines.
+# 17. Authors: as a reader says, the paper measures PDD, a discrimination distance of pixels. Its definition was not
+#     available. Here: not measured. Our meters are the two cosines.
 #
 # setting                       authors                               real data, without --preset   here on the toy
 # images per step, stage 1      8 source                              --batch-size 2                4
@@ -523,11 +526,12 @@ def target_cosines(model, statistics, args):
 # optimizer, head's rate        SGD, x10                              the same, after --ramp 500    AdamW, x1, --ramp 40
 # lambda_feat, lambda_out       1, 1                                  the same                      10, 10
 #
-# How strong the pull is, by a rule of thumb that leaves out momentum and the network: (sum of rates) x lambda / tau.
-# The authors take 40,000 steps at 2.5e-4, times 0.7, the mean of their decay: 7 x 1 / 100 = 0.07 (for the classifier
-# ten times that). The toy takes 160 steps at 2e-4, times 0.42 because of ramp and decay: 0.0133 lambda / 100, so that
-# under SGD lambda = 530 would be as strong. AdamW divides a gradient by its size, so that only the shares of the losses
-# count. There 100 is already too much: the pull then moves the source's representations as well, and the score falls.
+# How strong is the pull? A rule of thumb that leaves out momentum and the network: (sum of rates) x lambda / tau. The
+# authors take 40,000 steps at 2.5e-4, times 0.7, the mean of their decay: 7 x 1 / 100 = 0.07 (for the classifier ten
+# times that). The toy takes 160 steps at 2e-4, times 0.42 because of ramp and decay: 0.0133 lambda / 100. Under SGD
+# lambda = 530 would be as strong. But the toy has AdamW, which divides a gradient by its size, so that only the
+# proportions of the losses count. There lambda = 100 is already too much: the pull then moves the source's
+# representations as well, and the score falls.
 
 
 def parse_args():
@@ -539,7 +543,7 @@ def parse_args():
         help="its base learning rate [C]")
     add("--horizon", type=common.number(float, 1), metavar="X", default=common.by_source(1.0, 1.5625, small=1.0),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
-    add("--tau", type=common.positive, default=100.0, help="temperature [C]; below 1 the covariance counts")
+    add("--tau", type=common.positive, default=100.0, help="temperature [C]; from 1 down the covariance counts")
     add("--delta", type=common.fraction, default=0.9, help="least confidence of a target pixel in the adaptation [C]")
     add("--lambda-lov", type=common.weight, default=0.75,
         help="weight of Lovasz-softmax on source, also in the warm-up [C]")
