@@ -125,7 +125,7 @@ def pixel_entropy(prob):
 
 
 def normalised_entropy(entropy, label):
-    """LSE-7: entropy (H, W) brought to [0, 1] in each predicted class of label (H, W); 0 in a class of one value."""
+    """LSE-7: entropy (H, W) brought to [0, 1] in each class of label (H, W), or to 0 where a class has one value."""
     E, y = entropy.flatten(), label.flatten()  # (H W,)
     low = E.new_full((256,), math.inf).scatter_reduce(0, y, E, "amin")  # (256,): enough for any number of classes
     high = E.new_full((256,), -math.inf).scatter_reduce(0, y, E, "amax")
@@ -140,19 +140,19 @@ def class_means(values, label, num_classes):
 
 
 def image_confidence(prob):
-    """LSE-5: s (C,), mean top-1 probability of the pixels predicted as each class; NaN where it is not predicted."""
+    """LSE-5: s (C,), mean top-1 probability of the pixels predicted as each class, NaN for a class without any."""
     q, y = prob.max(0)  # (H, W)
     return class_means(q, y, len(prob))
 
 
 def image_uncertainty(prob):
-    """u (C,), mean normalised entropy of the pixels predicted as each class; LSE-9 picks from it. NaN without any."""
+    """u (C,), from which LSE-9 picks: mean normalised entropy of the pixels predicted as each class, or NaN."""
     y = prob.max(0).indices  # (H, W); on a CPU much faster than argmax
     return class_means(normalised_entropy(pixel_entropy(prob), y), y, len(prob))
 
 
 def ranked_images(confidence):
-    """One class's list: the images that predict it, the most confident first, of equals the later; confidence (M,)."""
+    """The ranking of one class: the images that predict it by falling confidence (M,), of equals the later first."""
     predict_it = [(s, image) for image, s in enumerate(confidence.tolist()) if not math.isnan(s)]
     return [image for _, image in sorted(predict_it, reverse=True)]
 
@@ -160,13 +160,13 @@ def ranked_images(confidence):
 DIVISOR = 19  # of LSE-6, the number of Cityscapes classes, also for SYNTHIA's 16
 
 
-def kept_images(N, portion):
-    """LSE-6: k, the number of images kept for a class that N images predict."""
-    return min(N, int(N * portion / DIVISOR + 1e-6))  # 1e-6, because 2660 * 0.35 / 19 is 48.99999999999999
+def kept_images(images, portion):
+    """LSE-6: k, how many images are kept for a class that so many images predict."""
+    return min(images, int(images * portion / DIVISOR + 1e-6))  # 1e-6, as 2660 * 0.35 / 19 is 48.99999999999999
 
 
 def select_images(confidence, portion):
-    """LSE-6, -8. confidence (M, C) -> indices of T_r, sorted and unique; x* (C,): best image not kept, -1 for none."""
+    """LSE-6, -8: confidence (M, C) -> sorted indices of T_r, and x* (C,), the best image not kept, -1 for none."""
     selected, reference = set(), []
     for s in confidence.T:  # class after class, (M,)
         images = ranked_images(s)
@@ -177,10 +177,10 @@ def select_images(confidence, portion):
 
 
 def class_thresholds(confidence, uncertainty, reference):
-    """LSE-9: t (C,). confidence, uncertainty (M, C): of every image and class; reference (C,): x*.
+    """LSE-9: tau (C,). confidence, uncertainty (M, C) are s and u of every image and class; reference (C,) is x*.
 
-    An image in which all pixels of the class have one entropy defines no threshold (its uncertainty is 0): the next one
-    of the list does. Without any, t is 0 and LSE-10 keeps nothing.
+    If all pixels of the class in x* have one entropy, its uncertainty is 0, which is no threshold. Then the next image of
+    the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
     """
     thresholds = []
     for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class after class
@@ -191,7 +191,7 @@ def class_thresholds(confidence, uncertainty, reference):
 
 
 def keep_confident(normalised, label, thresholds):
-    """LSE-10: mask (H, W) of the pixels whose normalised entropy is below the threshold (C,) of their label."""
+    """LSE-10: mask (H, W) of the pixels whose normalised entropy is below tau of their label, thresholds (C,)."""
     return normalised < thresholds[label]
 
 
@@ -223,9 +223,10 @@ def enlarge_labels(label, size):
 
 
 def transfer_labels(prob, keep, size, mask_mode="nearest"):
-    """LSE-12: labels (H, W) of a patch from what the whole image said in its window, prob (C, a, b) and keep (a, b).
+    """LSE-12: labels (H, W) of a patch from the whole image's prediction in its window, prob (C, a, b) and keep (a, b).
 
-    mask_mode: "nearest" keeps the share of kept pixels, "dilate" keeps what any kept pixel reaches bilinearly.
+    mask_mode: "nearest" leaves the share of kept pixels as it is. "dilate" keeps a pixel if any of the pixels between
+    which it is interpolated is kept.
     """
     label = enlarge(prob, size).max(0).indices  # (H, W): enlarge first, then decide
     if mask_mode == "dilate":
@@ -236,12 +237,12 @@ def transfer_labels(prob, keep, size, mask_mode="nearest"):
 
 
 def round_portion(p_0, delta_p, r):
-    """LSE-13: p of round r, counted from 0. Rounded, so that the log says 0.15 and not 0.15000000000000002."""
+    """LSE-13: p of round r = 0, 1, .... Rounded, so that the log says 0.15 and not 0.15000000000000002."""
     return round(p_0 + r * delta_p, 9)
 
 
 def round_steps(examples, epochs, batch_size):
-    """LSE-13: training steps of one round, `epochs` times over its examples."""
+    """LSE-13: training steps of one round, `epochs` times over its examples, but at least one."""
     return max(1, epochs * examples // batch_size)
 
 
@@ -258,18 +259,18 @@ def focal_loss(logits, label, gamma):
 
 
 def step_losses(network, source, target, args):
-    """The named losses of one step, `loss` LSE-4 of them. source, target: images (N, 3, H, W) and labels (N, H, W).
+    """The losses of one step by name: "loss" is LSE-4, the sum that is minimised.
 
-    Target images are patches, target labels the transferred ones. Two forward passes, so that batch norm, where it is
-    live, normalises each domain by its own statistics.
+    source: images (N, 3, H, W) and true labels (N, H, W). target: patches and transferred labels. Each domain has its
+    own forward pass, so that live batch norm normalises it by its own statistics.
     """
-    (x_s, y_s), (x_t, y_t) = source, target
+    (image_s, label_s), (image_t, label_t) = source, target
     with common.autocast(args):
-        (_, logits_s), (_, logits_t) = network(x_s), network(x_t)  # (N, C, h, w)
-    losses = {"ce_s": segmentation_loss(logits_s, y_s),  # LSE-1
-              "ce_t": segmentation_loss(logits_t, y_t)}  # LSE-2
+        (_, logits_s), (_, logits_t) = network(image_s), network(image_t)  # (N, C, h, w)
+    losses = {"ce_s": segmentation_loss(logits_s, label_s),  # LSE-1
+              "ce_t": segmentation_loss(logits_t, label_t)}  # LSE-2
     if args.focal:
-        losses["focal"] = focal_loss(logits_t, y_t, args.gamma)  # LSE-3
+        losses["focal"] = focal_loss(logits_t, label_t, args.gamma)  # LSE-3
     losses["loss"] = losses["ce_s"] + losses["ce_t"] + args.beta * losses.get("focal", 0)  # LSE-4
     return losses
 
@@ -328,7 +329,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 
 def each_prediction(model, dataset, args):
-    """Number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
+    """Yields number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
     number = common.rank()
     for batch, probabilities in common.predictions(model, dataset, args):
         for i, prob in enumerate(probabilities):
@@ -337,7 +338,7 @@ def each_prediction(model, dataset, args):
 
 
 def rank_target(model, dataset, args):
-    """Step 2, one pass over the target: s and u of each image and class, (M, C) each."""
+    """Step 2, one pass over the target: s (M, C) and u (M, C) of each image and class."""
     C = len(common.task_classes(args.source))
     table = torch.zeros(len(dataset), 2 * C, dtype=torch.float64, device=args.device)
     for number, _, prob in each_prediction(model, dataset, args):
@@ -346,7 +347,7 @@ def rank_target(model, dataset, args):
 
 
 def check_portion(portion, images, found):
-    """Refuses a portion with which a class that so many images predict keeps none (LSE-6); says which would do."""
+    """Refuses a portion so small that a class keeps none of `images` images (LSE-6), and says which would do."""
     if kept_images(images, portion) == 0:
         enough = math.ceil(1000 * DIVISOR / images) / 1000
         raise common.InputError(f"{found}, of which a class keeps int({images} x {portion} / {DIVISOR}) = 0; "
@@ -356,9 +357,8 @@ def check_portion(portion, images, found):
 def view_examples(view, images, corners, size):
     """The training examples of --view, [image, n, top, left, a, b]: window n of an image. corners (images, n_p, 2).
 
-    enlarged   the method: windows of half the size, to be enlarged by two.
-    whole      the whole image, n_p times: plain self-training with the same selection of images and pixels.
-    both       the n_p windows of an image and the whole image, which the authors wrote and commented out.
+    enlarged: the method. whole: the whole image n_p times, self-training with the same selection of images and pixels.
+    both: the n_p windows and the whole image, of which the authors' code has a trace that is commented out.
     """
     examples = []
     for image, places in zip(images, corners.tolist()):
@@ -372,9 +372,9 @@ def view_examples(view, images, corners, size):
 
 
 def label_target(model, examples, thresholds, args):
-    """Step 3, the idea: what the network says of a whole image becomes the label of its patches.
+    """Step 3, the idea: what the network says of a whole image becomes the label (1, H, W) of its patches.
 
-    Yields what common.write_pseudo_labels takes: name, and on the toy the truth, for the log alone; label (1, H, W).
+    Yields what common.write_pseudo_labels takes, on the toy with the truth, which only the log sees.
     """
     images = sorted({image for image, *_ in examples})  # T_r
     dataset = Subset(common.target_dataset(args, "train", labelled=args.source == "toy"), images)
@@ -393,8 +393,7 @@ def label_target(model, examples, thresholds, args):
 def start_round(model, args, folder, r):
     """Steps 2 and 3 of round r: selects images, draws windows, writes their labels and round.json into `folder`.
 
-    Returns what the log shows: portion, selected images, examples, what `compare_views` tells of the first window of
-    each image and common.write_pseudo_labels of the labels.
+    Returns what the log shows. `compare_views` looks at the first window of each image.
     """
     dataset, portion = common.target_dataset(args, "train"), round_portion(args.portion, args.portion_step, r)  # LSE-13
     confidence, uncertainty = rank_target(model, dataset, args)
@@ -409,16 +408,16 @@ def start_round(model, args, folder, r):
         common.write_json(folder / "round.json", {"portion": portion, "thresholds": thresholds.tolist(),
                                                   "references": reference.tolist(), "examples": examples})
     views = compare_views(model, Subset(dataset, selected.tolist()), corners[:, :1], args)
-    told = common.write_pseudo_labels(folder, label_target(model, examples, thresholds, args), args)
-    if told["kept"] == 0:
+    labels = common.write_pseudo_labels(folder, label_target(model, examples, thresholds, args), args)
+    if labels["kept"] == 0:
         raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another")
-    return {"portion": portion, "images": len(selected), "examples": len(examples), **views, **told}
+    return {"portion": portion, "images": len(selected), "examples": len(examples), **views, **labels}
 
 
 class Views(Dataset):
-    """Target training images as the network is trained on them: `view_examples`, each enlarged to --size.
+    """The data set of `view_examples`: windows of target training images, enlarged to --size.
 
-    folder: where their labels were written; without it they have none, which is enough for batch norm.
+    folder: where their labels were written. Without it they have none, which is enough to estimate batch norm.
     """
 
     def __init__(self, args, examples, folder=None):
@@ -444,13 +443,12 @@ class Views(Dataset):
 class FCN8s(nn.Module):
     """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
 
-    `forward(images (N, 3, H, W))` returns fc7 and logits (N, C, H, W): unlike DeepLabV2's, of the size of the input.
-    fc6 and fc7 take over the weights of VGG's classifier.
+    `forward(images (N, 3, H, W))` returns fc7 and logits (N, C, H, W), which have the size of the input, unlike
+    DeepLabV2's. fc6 and fc7 take over the weights of VGG's classifier.
 
-    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its
-    VGG sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with
-    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here, which nobody has
-    measured on real data.
+    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one [C].
+    Its VGG sees images of 0 to 255, torchvision's sees them divided by 255 and by a deviation of about 0.226. Here both
+    factors are therefore 255 * 0.226 = 58 times as large [U], which nobody has measured on real data.
     """
 
     def __init__(self, num_classes, backbone="vgg16", weights="none"):
@@ -504,47 +502,47 @@ NETWORKS = {"deeplab": common.DeepLabV2, "fcn8s": FCN8s}
 
 
 # =================================================== meters (ours) ===================================================
-# What the method rests on: how differently the network sees a window enlarged and as part of the whole image. Logged in
-# every round, for one window of each selected image. result.json holds the same for the target's validation images, cut
-# into 2 x 2 half-size windows: `before` (the source-only model, its batch norm settled) and `after`.
+# How far the prediction of an enlarged window is from that of the same pixels in the whole image. The log tells it in
+# every round, for one window of each selected image. result.json tells it for the target's validation images, cut into
+# 2 x 2 windows, `before` (the source-only model under the adaptation's batch norm) and `after`.
 
 
-def view_agreement(seen, there):
-    """entropy_gap, cross_entropy and agreement of one patch, (3,).
+def view_agreement(patch, whole):
+    """entropy_gap, cross_entropy and agreement of two predictions of the same pixels, (3,).
 
-    seen (C, H, W): probabilities predicted on the patch; there (C, H, W): those of the whole image, enlarged. The gap
-    of their entropies is the abstract's premise. The cross-entropy is of `seen` against the label that `there` gives.
+    patch (C, H, W): probabilities predicted on a patch. whole (C, H, W): those of the whole image in its window,
+    enlarged. The abstract's premise is a positive gap. Cross-entropy and agreement are with the label by `whole`.
     """
-    label = there.max(0).indices  # (H, W)
-    entropy_gap = (pixel_entropy(seen) - pixel_entropy(there)).mean()
-    cross_entropy = F.nll_loss((seen + 1e-12).log()[None], label[None])
-    agreement = (seen.max(0).indices == label).to(seen.dtype).mean()
+    label = whole.max(0).indices  # (H, W)
+    entropy_gap = (pixel_entropy(patch) - pixel_entropy(whole)).mean()
+    cross_entropy = F.nll_loss((patch + 1e-12).log()[None], label[None])
+    agreement = (patch.max(0).indices == label).to(patch.dtype).mean()
     return torch.stack([entropy_gap, cross_entropy, agreement])
 
 
 def compare_views(model, dataset, corners, args):
-    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), whatever --view says.
+    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), under every --view.
 
-    Where the data set has labels also enlarged_miou, the patches' mIoU against the truth enlarged alike.
+    If the data set has labels, also enlarged_miou: the mIoU of the patches' predictions against the enlarged truth.
     """
     total, size = torch.zeros(3, dtype=torch.float64, device=args.device), args.size
     metric = common.MeanIoU(len(common.task_classes(args.source)))
     for number, item, prob in each_prediction(model, dataset, args):
         windows = [(top, left, *half(size)) for top, left in corners[number].tolist()]
         patches = torch.stack([enlarge(cut(item["image"], *window), size) for window in windows])  # (n, 3, H, W)
-        for window, seen in zip(windows, common.predict(model, patches, size, args)):  # seen: (C, H, W)
-            total += view_agreement(seen, enlarge(cut(prob, *window), size))
+        for window, patch_prob in zip(windows, common.predict(model, patches, size, args)):  # (C, H, W)
+            total += view_agreement(patch_prob, enlarge(cut(prob, *window), size))
             if "label" in item:
                 truth = enlarge_labels(cut(item["label"], *window), size).to(args.device)  # (H, W)
-                metric.update(seen.max(0).indices, truth)
+                metric.update(patch_prob.max(0).indices, truth)
     means = (common.all_sum(total) / (corners.numel() / 2)).tolist()
-    told = dict(zip(("entropy_gap", "cross_entropy", "agreement"), means))
+    meters = dict(zip(("entropy_gap", "cross_entropy", "agreement"), means))
     metric.sum_processes(args.device)
-    return {**told, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else told
+    return {**meters, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else meters
 
 
 def validation_views(model, run, args):
-    """`compare_views` on the target's validation images, cut into 2 x 2 half-size windows; nothing without labels."""
+    """`compare_views` on the target's validation images, cut into 2 x 2 windows. Nothing without labels."""
     if not run.scorable:
         return {}
     dataset, (a, b) = common.target_dataset(args, "val", labelled=True), half(args.size)
@@ -607,7 +605,7 @@ def main():
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
-    # What batch norm is settled on: views as the network is trained on, drawn from all target images.
+    # Batch norm is estimated on views of the kind on which the network is trained, from all target images.
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 7))
     corners = random_windows(images, args.patches, args.size, generator)
     views = Views(args, view_examples(args.view, range(images), corners, args.size))
@@ -615,7 +613,7 @@ def main():
     before = validation_views(model, run, args)
 
     # Steps 2 to 4: rounds of selection, labels and training on both domains. One optimizer for all of them.
-    # done: steps of the run so far; first, last: where a round starts and ends; begin, end: where the poly decay does.
+    # done: steps of the run so far. A round goes from step `first` to `last`, the poly decay from `begin` to `end`.
     network, first = common.distribute(model, args), 0
     optimizer = fcn8s_optimizer(model, args) if args.network == "fcn8s" else make_optimizer(model, args)
     done = run.load("last.pt", model, optimizer=optimizer)
@@ -651,7 +649,7 @@ def main():
     common.settle_batch_norm(model, views, args)
     run.save("last.pt", done, model, optimizer=optimizer)
     after = validation_views(model, run, args)
-    meters = {f"{name}_{when}": told[name] for name in before for when, told in (("before", before), ("after", after))}
+    meters = {f"{name}_{when}": seen[name] for name in before for when, seen in (("before", before), ("after", after))}
     common.compare_with_source_only({"LSE": model}, args, run, source_model, **meters)
 
 
