@@ -660,25 +660,25 @@ if __name__ == "__main__":
 # ================================================ further deviations ================================================
 #  6. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
 #     ResNet strides in its 1x1 convolutions, torchvision's in its 3x3.
-#  7. Empty cases. A class that is predicted nowhere ends the authors' program with an error; here it selects nothing.
-#     A patch without a kept pixel has a loss of NaN there, of zero here.
-#  8. List of selected images. Authors: from the second round on it is walked shuffled and with repeats, so that about
-#     35 % of T_r are lost, and one image too many is cut. Here: each image of T_r has exactly n_p patches.
-#  9. Batch norm. Authors: affine part frozen, statistics move with every image, source and patches mixed. Here:
+#  7. Empty cases. Authors: a class that is predicted nowhere ends the program with an error, and a patch without a kept
+#     pixel has a loss of NaN. Here: the class selects nothing, and the loss is zero.
+#  8. List of selected images. Authors: the first image of T_r is cut twice. From the second round on the list is read
+#     shuffled and with repeats, so that about 35 % of T_r are lost. Here: each image of T_r has exactly n_p patches.
+#  9. Batch norm. Authors: affine part frozen, while statistics move with every image of either domain. Here:
 #     --batch-norm, none of whose values is that. Statistics for labelling and evaluation come from up to 400 views of
 #     the kind on which the network is trained, drawn from all target images.
 # 10. Optimizer of DeepLab. Authors: it lists a body weight about three times and a head weight once, and moves each as
 #     often in every step. Here: each once. To move weights as far, give about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
-# 11. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a rate of 1e-12, with which no
-#     weight moves: they are the scores of its start, whose making is unknown.
-# 12. Rate over time. Authors: constant for VGG, poly in each round for DeepLab. Here: poly, in each round with
-#     --iterations 0, after a --ramp. Constant: --power 0 --ramp 0.
+# 11. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a learning rate of 1e-12, with which
+#     no weight moves. They are the scores of its start, whose making is unknown, under new batch-norm statistics.
+# 12. Learning rate. Authors: constant for VGG, poly decay in each round for DeepLab. Here: a --ramp, then poly decay
+#     over all --iterations, or in each round with --iterations 0. Constant: --power 0 --ramp 0.
 # 13. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
 #     which has the same gradient, and 1/n as many steps. Means are over the valid pixels of the whole batch.
 # 14. Augmentation. Authors: none. Here: flip and colour jitter, of source images also crop and scale, as in all files.
 #     --no-augment leaves the patches as they are.
-# 15. Rounds. Authors: seven at the last commit; in notebooks until the entropy of *validation* images says stop. Up to
-#     500 steps of the last round are never saved. Here: a fixed number, all steps saved. With --iterations 0, --view
-#     both has (1 + n_p) / n_p times the steps.
+# 15. Rounds. Authors: seven at the last commit, in notebooks until the entropy of *validation* images says stop. Up to
+#     500 steps of the last round are never saved. Here: a fixed number, all steps saved. On the toy --iterations is
+#     divided evenly among them. With --iterations 0, --view both has (1 + n_p) / n_p times the steps.
 # 16. Source-only start. Authors: files whose making is partly known. Here: trained by source_only.py or in this file,
 #     FCN8s too, by --optimizer. The authors' Adam begins with the adaptation.
