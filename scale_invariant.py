@@ -4,65 +4,71 @@
     ECCV 2020, arXiv 2007.14449. Authors' code: github.com/MNaseerSubhani/LSE, read at commit e0fe81b.
 
 READ THIS FIRST. Of the paper only the abstract and the first lines of the introduction were available. The equations
-come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own; the paper's equation
-numbers and symbols are unknown. Equations, steps and flags carry their origin:
+come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own, because the paper's
+equation numbers and symbols are unknown. Equations, steps and flags carry their origin:
     [P] the paper's abstract    [C] the authors' code    [N] their notebooks, which hold logs    [U] unknown: our choice
 
 The idea in five sentences
 --------------------------
-1. What an object is does not depend on how large it appears, yet a network does worse on an enlarged part of a picture
-   than on the whole; so what it says of the whole picture can teach it the enlarged part.
-2. A source-trained network predicts all target training images; for every class they are ranked by the network's mean
-   confidence where it predicts that class, and the union of every class's best few is selected.
-3. In each class's list the best image that was not kept sets an entropy threshold for that class, anew in every round.
-4. Random windows of half the height and width are cut from each selected image and enlarged by two; their label is the
-   prediction made on the whole image, enlarged as well, except where its entropy reaches the threshold of its class.
-5. The network trains on source images by cross-entropy and on the enlarged windows by cross-entropy and a focal loss,
-   which is there against class imbalance [P]; then the next round selects a larger share.
+1. What an object is does not depend on how large it appears, yet a network is less certain of an enlarged part of an
+   image than of the whole image, so its prediction of the whole can teach it the enlarged part.
+2. A source-trained network predicts all target training images, and for every class those images are selected in which
+   it is most confident of this class.
+3. The best image that was not selected for a class sets an entropy threshold for this class, anew in every round.
+4. Random windows of half the height and width are cut from the selected images and enlarged by two, and the prediction
+   of the whole image, enlarged with them, is their label wherever its entropy is below the threshold of its class.
+5. The network trains on source images and on enlarged windows by cross-entropy, on the windows also by a focal loss
+   against class imbalance, and the next round selects more images.
 
+The abstract states the first sentence, and it names confident images, a dynamic class-specific entropy threshold, the
+transfer of labels between scales and the focal loss [P]. How each of them is done is known from the code alone [C].
 The idea is in the labels and not in the losses: `step_losses` knows nothing of scale. Read `label_target` first.
 
-Why the best image not kept? It stands just outside the images that are trusted for the class. A pixel of a trusted
-image becomes a label only if its normalised entropy is below the mean of that first image which is not trusted. As the
-portion grows, this border moves down the list, and the threshold follows. (Our reading [U]: the code gives no reason.)
+Why does the best image not selected set the threshold? It is the first one that is not trusted for the class. A pixel
+of a trusted image becomes a label only if it is surer, relative to its class and image, than that image's pixels are on
+average. As more images are selected, the threshold follows. This is our reading [U], since the code gives no reason.
 
-The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. Here it hardly
-holds: on the toy the network is about as certain of an enlarged window as of the whole image, and wrong. Entropy cannot
-see that. The cross-entropy between the two views can, and both are measured: see "meters (ours)".
+The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. On the toy it
+hardly holds: the network is about as certain of an enlarged window as of the whole image, and yet it is wrong. Entropy
+cannot show that, but the cross-entropy between the two predictions can. Both are measured: see "meters (ours)".
 
 Notation
 --------
-    M target images    C classes (index c)    H x W image    h x w grid of the network    i, j pixels
-    window   part of an image, a x b pixels        patch   a window enlarged to H x W; n_p of them per selected image
-    P_i      softmax at pixel i of the whole image, by the network that labels; y_i = argmax P_i, q_i = max P_i
+    M target images    N images of a batch    C classes (index c)    H x W image    h x w grid of the network
+    window   part of an image, a x b pixels    patch   a window enlarged to H x W, n_p of them per selected image
+    view     what the network is shown of an image: a patch or, as a control, the whole image
+    i, j     pixels                                _s, _t    of the source, of the target
+    P_i      softmax at pixel i of the whole image, by the network that labels
+    y_i      argmax P_i, the predicted class       q_i     max P_i
     E_i      entropy of P_i in nats                E^_i    the same, normalised inside the class y_i (LSE-7)
     s_c      confidence of an image in class c     u_c     mean E^_i of an image's pixels with y_i = c
     N_c      images in which c is predicted        k_c     how many of them are kept for c
-    x*_c     the best image not kept for c         t_c     entropy threshold of c
+    x*_c     the best image not kept for c         tau_c   entropy threshold of c
     p_r      portion of round r = 0, 1, ...        T_r     images selected in round r
     l_i      cross-entropy at pixel i: -ln of the probability which the network in training gives to the label there
     V_s, V_t    the source and the target pixels whose label is not 255
 
-Equations, all from the authors' code [C]; the numbers 1 to 13 have no gap
---------------------------------------------------------------------------
-The authors divide the portion p_r among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
+Equations LSE-1 to LSE-13, all from the authors' code [C]
+---------------------------------------------------------
+The ranking of a class lists the images in which it is predicted, by falling s_c. The authors divide the portion p_r
+among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
     LSE-1    L_src = mean_{V_s} l_i                                             source image, true label
     LSE-2    L_ce = mean_{V_t} l_i                                              patch, transferred label
     LSE-3    L_fl = mean_{V_t} (1 - exp(-l_i))^gamma l_i                        the same pixels
     LSE-4    L = L_src + L_ce + beta L_fl,   beta = 0.1, gamma = 3
     LSE-5    s_c = mean_{i: y_i = c} q_i
-    LSE-6    k_c = int(N_c p_r / 19): so many images of largest s_c are kept for c; T_r is the union over the classes
+    LSE-6    k_c = int(N_c p_r / 19): the first k_c images of the ranking of c are kept, and T_r is their union over c
     LSE-7    E^_i = (E_i - min_j E_j) / (max_j E_j - min_j E_j), j over the pixels of this image with y_j = y_i
-    LSE-8    x*_c: place k_c, counted from 0, of the list of class c
-    LSE-9    t_c = mean_{i in x*_c, y_i = c} E^_i, that is u_c of x*_c
-    LSE-10   pixel i of a selected image is kept iff E^_i < t_{y_i}
+    LSE-8    x*_c: the image at place k_c, counted from 0, of the ranking of c
+    LSE-9    tau_c = mean_{i in x*_c, y_i = c} E^_i, that is u_c of x*_c
+    LSE-10   pixel i of a selected image is kept iff E^_i < tau_{y_i}
     LSE-11   E_i = -sum_c P_i(c) ln(P_i(c) + 1e-12)
-    LSE-12   patch: a window of a x b = H/2 x W/2 pixels at a random place; its image and its P are enlarged to H x W,
-             bilinear with aligned corners; label: argmax of the *enlarged* P, so that a class can appear between two
-             pixels that both lack it; 255 where not kept
+    LSE-12   patch: a window of a x b = H/2 x W/2 pixels at a random place, whose image and P are enlarged to H x W,
+             bilinear with aligned corners. Its label is the argmax of the *enlarged* P, so that a class can appear
+             between two pixels that both lack it, and 255 where the pixel was not kept.
     LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds of int(epochs n_p |T_r| / batch size) steps
-E^ only ranks the pixels of one class inside one image. Where the class has two entropies there and 0 < t_c <= 1, its
-most certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
+E^ only ranks the pixels of one class inside one image. Unless all have the same entropy, the most certain one is kept
+(if tau_c > 0) and the least certain one is not (if tau_c <= 1), however good the prediction is as a whole.
 
 The algorithm [C]                                                           paper's notion -> function
 -----------------                                                           --------------------------
@@ -80,19 +86,20 @@ The algorithm [C]                                                           pape
 
 Deviations that change the method (the others stand at the end of this file)
 ----------------------------------------------------------------------------
-1. Network. Authors: VGG16-FCN8s (the paper's headline), or DeepLabV2 with two of four branches by a misplaced `return`.
-   Here: DeepLabV2 with four branches, as in all files; --network fcn8s is the authors' other one.
-2. Classes of SYNTHIA. Authors: 19 outputs; terrain, truck and train are never filtered, so nearly all their pixels
-   become labels. Here: 16 outputs.
-3. Focal loss. Authors: per pixel for VGG; for DeepLab LSE-3 of a patch's mean cross-entropy, which treats all pixels
-   alike. Here: per pixel for both. (Their `--focal-loss False` leaves the loss on; --no-focal takes it away.)
+1. Network. Authors: VGG16-FCN8s (the abstract's headline [P]), or DeepLabV2 of which a misplaced `return` leaves two
+   branches. Here: DeepLabV2 with four branches, as in all files. --network fcn8s is the authors' other one.
+2. Classes of SYNTHIA. Authors: 19 outputs. Terrain, truck and train are never filtered, so nearly all pixels predicted
+   as one of them become labels. Here: 16 outputs.
+3. Focal loss. Authors: per pixel for VGG, but for DeepLab LSE-3 of a patch's mean cross-entropy, which treats all
+   pixels alike. Here: per pixel for both. (Their flag `--focal-loss False` leaves the loss on, --no-focal does not.)
 4. Mask of kept pixels. Authors: enlarged bilinearly, kept where not exactly 0. So it grows: a single pixel becomes 16.
    Here: nearest neighbour, a single pixel becomes 4. --mask-mode dilate is the authors' form.
-5. A class with a single entropy in an image. Authors: 0/0, and comparisons with NaN keep the pixel; in x*_c, the whole
-   class. Here: E^ = 0, and t_c comes from the next image of the list that defines one; without any, c gives no label.
+5. A class with a single entropy in an image. Authors: LSE-7 is 0/0, and NaN drops no pixel. In x*_c it makes tau_c NaN
+   and keeps every pixel of c. Here: E^ = 0, and tau_c comes from the next image of the ranking that defines one. If
+   none does, c gives no label.
 
-Published, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16 and 13 classes: 40.0 and 47.0
-(VGG16), 42.6 and 49.4 (ResNet-101; see deviation 11). Nobody has run this file on them.
+Published scores of LSE with focal loss, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16
+and 13 classes: 40.0 and 47.0 (VGG16), 42.6 and 49.4 (ResNet-101, see deviation 11). Nobody has run this file on them.
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, LSE 35.1 mIoU (both
 views 35.9, whole images 36.3), and on enlarged views 25.1 (24.5, 15.7) after 17.0; 8 minutes on one thread of an AVX2
