@@ -186,8 +186,8 @@ def select_images(confidence, portion):
 def class_thresholds(confidence, uncertainty, reference):
     """LSE-9: tau (C,). confidence, uncertainty (M, C) are s and u of every image and class; reference (C,) is x*.
 
-    If all pixels of the class in x* have one entropy, its uncertainty is 0, which is no threshold. Then the next image of
-    the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
+    If all pixels of the class in x* have one entropy, its uncertainty is 0, which is no threshold. Then the next image
+    of the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
     """
     thresholds = []
     for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class after class
