@@ -3,48 +3,48 @@
     J. Iqbal, H. Rawal, R. Hafiz, Y.-T. Chi, M. Ali, "Distribution Regularized Self-Supervised Learning for Domain
     Adaptation of Semantic Segmentation", Image and Vision Computing, 2022, arXiv 2206.09683.
 
-READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*; it is not a reproduction. No
-official code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the project page
-were available. Labels such as DRSL-6 are this project's own, the paper's equation numbers are unknown, and no mIoU of
-the paper is quoted because none was found. Equations, steps and flags carry their origin:
-
+READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*, and not a reproduction. No official
+code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the header of its project
+page were available. Labels such as DRSL-6 are this project's own, since the paper's equation numbers are unknown. No
+mIoU of the paper is quoted, because none was found. Equations, steps and flags carry their origin:
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [F] field convention (AdaptSegNet, DeepLab, CRST: below) [I] inferred for this reconstruction
+    [F] field convention (AdaptSegNet, DeepLab, CBST, CRST)  [I] inferred for this reconstruction
     [U] unknown: a choice of ours
+RepMet classifies boxes by their distance to several learned centres of each class. For CBST and CRST see below.
 
 The idea in five sentences [P]
 ------------------------------
-1. Cross-entropy on pseudo-labels learns only what separates classes from one another, and under a domain shift that
-   boundary is misaligned on the target, so the pseudo-labels are noisy.
-2. DRSL also models the variation *inside* a class: every pixel is embedded, and every class is a distribution with
-   several modes (class-aware multi-modal distribution learning, MMDL).
+1. Cross-entropy learns only what separates classes from one another, and under a domain shift that boundary is
+   misaligned on the target, so the labels that the network gives there (pseudo-labels) are noisy.
+2. DRSL also models the variation *inside* a class, as a distribution of pixels with several modes (class-aware
+   multi-modal distribution learning, MMDL), so that the features tell more and the pseudo-labels have less noise.
 3. Two heads share one base network: the segmentation head learns by cross-entropy on pseudo-labels, and the
    multi-modal head by a distance metric learning loss over the same pseudo-labels.
 4. The metric loss flows back into the shared network and regularizes it.
 5. Stochastic mode alignment pulls target pixels and source pixels that map to the same mode towards each other.
 
-Plain self-training (--plain), from which all four papers of this project start
--------------------------------------------------------------------------------
+Plain self-training (--plain), the method without modes
+-------------------------------------------------------
 The network labels the target's images itself, trains on the labels of which it is sure as if they were true, and labels
 again. Each class keeps the same share of the pixels predicted as it, lest the easy classes give all the labels. This is
-class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16 without modes. Below, "CRST" is the
-code of its successor, confidence regularized self-training (arXiv 1908.09822).
-
-Its weakness: a confident label can be wrong. Training on it makes the network surer of it, and the next round keeps it
-again. LSE picks out trustworthy images and labels enlarged views of them. CPSL corrects the labels by optimal
-transport, which gives every class its share. SDCA pulls features to the distribution of their class. DRSL models the
-variation inside a class.
+class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16. Below, "CRST" is the code of its
+successor, confidence regularized self-training (arXiv 1908.09822). That DRSL builds on CBST is inferred [I].
+The weakness of self-training: a confident label can be wrong. Training on it makes the network surer of it, and the
+next round keeps it again.
 
 Notation
 --------
-    N images   C classes (index c)   K modes per class (index k)   E embedding size   n pixels   h x w feature grid
+    N images   C classes (index c)   K modes per class (index k)   n pixels   E embedding size   H x W image
+    h x w   grid of the features, of D channels each        mode  one of the K clusters of a class's pixels
     y_i     ground truth (source) or pseudo-label (target) of pixel i, 255 = ignore      V  pixels with y_i != 255
     P_i(c)  probability of class c at pixel i, by the segmentation head      tau_c  threshold of class c
     e_i     embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
     d2_ck   squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
     m_i     mode of pixel i inside its class        q_ik   share of pixel i that mode k of its class gets
-    epsilon  softness of q    alpha  margin    A  modes with pixels of both domains    M  pairs per mode
-    lambda_*, w_own  weights    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
+    epsilon  softness of q: near 0 one mode gets all of a pixel      alpha  margin
+    A  modes with pixels of both domains    M  pairs of pixels per mode    lambda_*, w_own  weights
+    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
+    look    how a thing of the toy is drawn: three ways per class. What is common in one domain is rare in the other.
 
 Equations
 ---------
@@ -54,13 +54,15 @@ Equations
     DRSL-4   P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'                                                     [R]
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                            [R]
     DRSL-6   L_marg = mean_i [ d2_{y_i m_i} - min_{c != y_i, k} d2_ck + alpha ]_+         RepMet: m_i by DRSL-8 [R]
-    DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
+    DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    L_marg + L_mmce [R], w_own L_own [U]
+             on the target "over pseudo-labels" [P], on the source with the ground truth [I]
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             a_j, b_j: random pixels of the mode, with replacement; a source pixel's mode is m_i, a target's DRSL-19
+             a_j, b_j: a random source and a random target pixel of the mode, with replacement. A source pixel's mode
+             is m_i, a target pixel's is that of DRSL-19.
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top;
-             1 if that number is 0                                                                     CBST  [F]
+    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top,
+             or 1 if that number is 0                                                                  CBST  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
     DRSL-16  portion of the next round = min(portion + portion_step, portion_max)                            [F]
     DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k. Then three times: q_ik is divided by
@@ -72,10 +74,10 @@ Equations
 The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named above parse_args. No
 gradient flows through m, q and pseudo-labels.
 
-Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
-after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from. DRSL-17 is
-Sinkhorn's algorithm: it gives the modes of a class equal shares of its pixels. Three rounds do so nearly where modes
-lie close together, and leave modes that are far apart as uneven as their pixels.
+Why are the modes balanced? With DRSL-8 alone, a mode that is nearest to most pixels is pulled to still more of them. On
+the toy every class is left with one mode after a few hundred steps, and there is no multi-modal distribution to learn
+from. DRSL-17 is Sinkhorn's algorithm, which draws the modes of a class towards equal shares of its pixels. Three rounds
+of it nearly get there where modes lie close together. Modes that are far apart stay as uneven as their pixels.
 
 The algorithm                                                             paper's notion -> function
 -------------                                                             --------------------------
@@ -85,7 +87,7 @@ The algorithm                                                             paper'
 3. --iterations steps of the network, as many as with --plain: first      step_losses
    --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
    then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
-   class-balanced (DRSL-14, -15), and trains on both domains (DRSL-10):   pseudo_labels
+   class-balanced (DRSL-14 to -16), and trains on both domains, DRSL-10:  pseudo_labels
      segmentation head, DRSL-1, -2                                        segmentation_loss
      multi-modal head, its e and d2                                       ModeHead
      multi-modal distribution learning, DRSL-7:                           mode_loss
@@ -99,12 +101,12 @@ The algorithm                                                             paper'
 What changes the method where the sources are silent or differ (all else stands above parse_args)
 -------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
-2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image.
+2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image, balanced_labels.
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
    without a pseudo-label (--align-over all).
 4. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
 5. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
-   the variation inside a class), and the abstract's margins over others, 2.3 and 2.5 mIoU on SYNTHIA, never tried here.
+   the variation inside a class), and the margins over other methods, 2.3 and 2.5 points on SYNTHIA [P], never tried.
 
     setting                        RepMet or CRST      here
     sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
