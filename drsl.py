@@ -50,7 +50,7 @@ Equations
 ---------
     DRSL-1   L_seg^s = -(1/|V^s|) sum_{i in V^s} log P_i(y_i)                                 kind [P], form [F]
     DRSL-2   L_seg^t = the same on the target with pseudo-labels                              kind [P], form [F]
-    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights         [R]
+    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant, with one sigma and equal weights      [R]
     DRSL-4   P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'                                                     [R]
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                            [R]
     DRSL-6   L_marg = mean_i [ d2_{y_i m_i} - min_{c != y_i, k} d2_ck + alpha ]_+         RepMet: m_i by DRSL-8 [R]
@@ -104,8 +104,7 @@ What changes the method where the sources are silent or differ (all else stands 
 2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image, balanced_labels.
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
    without a pseudo-label (--align-over all).
-4. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
-5. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
+4. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
    the variation inside a class), and the margins over other methods, 2.3 and 2.5 points on SYNTHIA [P], never tried.
 
     setting                        RepMet or CRST      here
@@ -162,9 +161,9 @@ class ModeHead(nn.Module):
         return (e, self.squared_distances(common.as_pixels(e))) if distances else e
 
     def squared_distances(self, e):
-        """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>; R is normalised on use."""
+        """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>. R is normalised on use."""
         R = F.normalize(self.representatives, dim=2).flatten(0, 1)  # (C, K, E) -> (C K, E)
-        d2 = (2 - 2 * e @ R.T).clamp(min=0)  # (n, C K); rounding may give -1e-7
+        d2 = (2 - 2 * e @ R.T).clamp(min=0)  # (n, C K), clamped because rounding may give -1e-7
         return d2.view(len(e), *self.representatives.shape[:2])  # (n, C, K)
 
 
@@ -188,7 +187,7 @@ def mode_cross_entropy(d2, labels, sigma):
     # DRSL-3
     z = -d2 / (2 * sigma**2)  # log p_ck, (n, C, K)
     # DRSL-4
-    logits = z.logsumexp(2)  # log of the numerator, (n, C); the cross-entropy divides by the sum over classes
+    logits = z.logsumexp(2)  # log of the numerator, (n, C). The cross-entropy divides by the sum over classes
     # DRSL-5
     return mean_over_valid(F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none"), labels)
 
@@ -234,7 +233,7 @@ def balanced_assignment(d2_own, labels, num_classes, epsilon=0.05, iterations=3)
     q = (-d2_own.detach() / epsilon).softmax(1)  # (n, K)
     for _ in range(iterations):
         mass = member.T @ q  # (C, K): what every mode has
-        q = q / (member @ mass).clamp(min=1e-30)  # now every mode of a class has 1; a pixel labelled 255 has no class
+        q = q / (member @ mass).clamp(min=1e-30)  # now every mode has 1 (a pixel labelled 255 has no class)
         q = q / q.sum(1, keepdim=True)  # now every pixel has 1
     return q
 
@@ -565,6 +564,7 @@ def log_modes(model, head, source, target, args, run, images=40):
 
 
 # ================================================ further deviations ================================================
+#  5. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
 #  6. Weights inside L_mm. RepMet: a mean of cross-entropies, and margins summed over boxes that were mined as hard and
 #     divided by 512. Here: three means over the same pixels.
 #  7. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
@@ -590,7 +590,7 @@ def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
     add("--plain", action="store_true",
-        help="plain self-training: no modes, no alignment, every step an adaptation step; their flags do nothing")
+        help="plain self-training: no modes, no alignment, every step an adaptation step, and their flags do nothing")
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
         help="steps of the head alone, at --warmup-lr, before k-means; 0: modes start at random places [U]")
     add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
@@ -605,7 +605,7 @@ def parse_args():
         help="kept share of the pixels predicted as each class, first round [F]")
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
         help="its growth per round [F]")
-    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="its bound [F]")
+    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="largest kept share [F]")
     add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
         help="E, embedding size [U; RepMet 256]")
