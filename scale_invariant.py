@@ -94,12 +94,9 @@ Deviations that change the method (the others stand at the end of this file)
    pixels alike. Here: per pixel for both. (Their flag `--focal-loss False` leaves the loss on, --no-focal does not.)
 4. Mask of kept pixels. Authors: enlarged bilinearly, kept where not exactly 0. So it grows: a single pixel becomes 16.
    Here: nearest neighbour, a single pixel becomes 4. --mask-mode dilate is the authors' form.
-5. A class with a single entropy in an image. Authors: LSE-7 is 0/0, and NaN drops no pixel. In x*_c it makes tau_c NaN
-   and keeps every pixel of c. Here: E^ = 0, and tau_c comes from the next image of the ranking that defines one. If
-   none does, c gives no label.
 
 Published scores of LSE with focal loss, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16
-and 13 classes: 40.0 and 47.0 (VGG16), 42.6 and 49.4 (ResNet-101, see deviation 11). Nobody has run this file on them.
+and 13 classes: 40.0 and 47.0 (VGG16), 42.6 and 49.4 (ResNet-101, see deviation 10). Nobody has run this file on them.
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, LSE 35.1 mIoU (both
 views 35.9, whole images 36.3), and on enlarged views 25.1 (24.5, 15.7) after 17.0; 8 minutes on one thread of an AVX2
@@ -184,7 +181,7 @@ def select_images(confidence, portion):
 
 
 def class_thresholds(confidence, uncertainty, reference):
-    """LSE-9: tau (C,). confidence, uncertainty (M, C) are s and u of every image and class; reference (C,) is x*.
+    """LSE-9: tau (C,). s and u of every image and class are confidence and uncertainty (M, C), x* is reference (C,).
 
     If all pixels of the class in x* have one entropy, its uncertainty is 0, which is no threshold. Then the next image
     of the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
@@ -208,7 +205,7 @@ def half(size):
 
 
 def random_windows(images, patches, size, generator):
-    """LSE-12: corners (images, patches, 2), top and left, uniform over all places where a window fits in a picture."""
+    """LSE-12: corners (images, patches, 2), top and left, uniform over all places where a window fits in an image."""
     corners = [torch.randint(side - part + 1, (images, patches), generator=generator)
                for side, part in zip(size, half(size))]
     return torch.stack(corners, 2)
@@ -579,11 +576,10 @@ def parse_args():
         help="delta_p, its growth per round [C]")
     add("--patches", type=common.count, metavar="n_p", default=4, help="random patches per selected image [C]")
     add("--view", choices=("enlarged", "whole", "both"), default="enlarged",
-        help="target examples: half-size windows enlarged by two [C]; or, as controls, whole images, or patches and "
-             "whole images")
+        help="what is shown of the target: half-size windows enlarged by two [C] or, as controls, whole images or both")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest",
         help="how the mask of kept pixels is enlarged [U, C]")
-    add("--focal", action=argparse.BooleanOptionalAction, default=True, help="LSE-3; --no-focal: without it [C]")
+    add("--focal", action=argparse.BooleanOptionalAction, default=True, help="add LSE-3, the focal loss [C]")
     add("--beta", type=common.weight, metavar="X", default=0.1, help="weight of the focal loss [C]")
     add("--gamma", type=common.weight, metavar="X", default=3.0, help="its exponent [C; 5 in one notebook]")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror patches, vary their colours [U]")
@@ -665,23 +661,27 @@ if __name__ == "__main__":
 
 
 # ================================================ further deviations ================================================
-#  6. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
+#  5. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
 #     ResNet strides in its 1x1 convolutions, torchvision's in its 3x3.
+#  6. A class with a single entropy in an image. Authors: LSE-7 is 0/0, and NaN drops no pixel. In x*_c it makes tau_c
+#     NaN and keeps every pixel of c. Here: E^ = 0, and tau_c comes from the next image of the ranking that defines one.
+#     If none does, c gives no label.
 #  7. Empty cases. Authors: a class that is predicted nowhere ends the program with an error, and a patch without a kept
 #     pixel has a loss of NaN. Here: the class selects nothing, and the loss is zero.
 #  8. List of selected images. Authors: the first image of T_r is cut twice. From the second round on the list is read
 #     shuffled and with repeats, so that about 35 % of T_r are lost. Here: each image of T_r has exactly n_p patches.
-#  9. Batch norm. Authors: affine part frozen, while statistics move with every image of either domain. Here:
-#     --batch-norm, none of whose values is that. Statistics for labelling and evaluation come from up to 400 views of
-#     the kind on which the network is trained, drawn from all target images.
-# 10. Optimizer of DeepLab. Authors: it lists a body weight about three times and a head weight once, and moves each as
-#     often in every step. Here: each once. To move weights as far, give about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
-# 11. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a learning rate of 1e-12, with which
+#  9. Optimizer of DeepLab. Authors: it lists most body weights three times and head weights once, and a weight that is
+#     listed three times moves three times per step. Here: each once. To move them about as far as the authors' code,
+#     give --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
+# 10. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a learning rate of 1e-12, with which
 #     no weight moves. They are the scores of its start, whose making is unknown, under new batch-norm statistics.
-# 12. Learning rate. Authors: constant for VGG, poly decay in each round for DeepLab. Here: a --ramp, then poly decay
+# 11. Learning rate. Authors: constant for VGG, poly decay in each round for DeepLab. Here: a --ramp, then poly decay
 #     over all --iterations, or in each round with --iterations 0. Constant: --power 0 --ramp 0.
-# 13. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
+# 12. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
 #     which has the same gradient, and 1/n as many steps. Means are over the valid pixels of the whole batch.
+# 13. Batch norm. Authors: affine part frozen, while statistics move with every image of either domain. Here: a policy
+#     of --batch-norm, none of which is that. Statistics for labelling and evaluation come from up to 400 views of the
+#     kind on which the network is trained, drawn from all target images.
 # 14. Augmentation. Authors: none. Here: flip and colour jitter, of source images also crop and scale, as in all files.
 #     --no-augment leaves the patches as they are.
 # 15. Rounds. Authors: seven at the last commit, in notebooks until the entropy of *validation* images says stop. Up to
