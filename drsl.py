@@ -101,7 +101,7 @@ The algorithm                                                             paper'
 What changes the method where the sources are silent or differ (all else stands above parse_args)
 -------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
-2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image, balanced_labels.
+2. Pixels of the mode losses. Paper: not known. Here: up to --pixels random ones per class and image (balanced_labels).
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
    without a pseudo-label (--align-over all).
 4. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
