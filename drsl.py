@@ -3,64 +3,66 @@
     J. Iqbal, H. Rawal, R. Hafiz, Y.-T. Chi, M. Ali, "Distribution Regularized Self-Supervised Learning for Domain
     Adaptation of Semantic Segmentation", Image and Vision Computing, 2022, arXiv 2206.09683.
 
-READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*; it is not a reproduction. No
-official code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the project page
-were available. Labels such as DRSL-6 are this project's own, the paper's equation numbers are unknown, and no mIoU of
-the paper is quoted because none was found. Equations, steps and flags carry their origin:
-
+READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*, and not a reproduction. No official
+code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the header of its project
+page were available. Labels such as DRSL-6 are this project's own, since the paper's equation numbers are unknown. No
+mIoU of the paper is quoted, because none was found. Equations, steps and flags carry their origin:
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
-    [F] field convention (AdaptSegNet, DeepLab, CRST: below) [I] inferred for this reconstruction
+    [F] field convention (AdaptSegNet, DeepLab, CBST, CRST)  [I] inferred for this reconstruction
     [U] unknown: a choice of ours
+RepMet classifies boxes by their distance to several learned centres of each class. For CBST and CRST see below.
 
 The idea in five sentences [P]
 ------------------------------
-1. Cross-entropy on pseudo-labels learns only what separates classes from one another, and under a domain shift that
-   boundary is misaligned on the target, so the pseudo-labels are noisy.
-2. DRSL also models the variation *inside* a class: every pixel is embedded, and every class is a distribution with
-   several modes (class-aware multi-modal distribution learning, MMDL).
+1. Cross-entropy learns only what separates classes from one another, and under a domain shift that boundary is
+   misaligned on the target, so the labels that the network gives there (pseudo-labels) are noisy.
+2. DRSL also models the variation *inside* a class, as a distribution of pixels with several modes (class-aware
+   multi-modal distribution learning, MMDL), so that the features tell more and the pseudo-labels have less noise.
 3. Two heads share one base network: the segmentation head learns by cross-entropy on pseudo-labels, and the
    multi-modal head by a distance metric learning loss over the same pseudo-labels.
 4. The metric loss flows back into the shared network and regularizes it.
 5. Stochastic mode alignment pulls target pixels and source pixels that map to the same mode towards each other.
 
-Plain self-training (--plain), from which all four papers of this project start
--------------------------------------------------------------------------------
+Plain self-training (--plain), the method without modes
+-------------------------------------------------------
 The network labels the target's images itself, trains on the labels of which it is sure as if they were true, and labels
 again. Each class keeps the same share of the pixels predicted as it, lest the easy classes give all the labels. This is
-class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16 without modes. Below, "CRST" is the
-code of its successor, confidence regularized self-training (arXiv 1908.09822).
-
-Its weakness: a confident label can be wrong. Training on it makes the network surer of it, and the next round keeps it
-again. LSE picks out trustworthy images and labels enlarged views of them. CPSL corrects the labels by optimal
-transport, which gives every class its share. SDCA pulls features to the distribution of their class. DRSL models the
-variation inside a class.
+class-balanced self-training (CBST, arXiv 1810.07911): DRSL-1, -2 and -14 to -16. Below, "CRST" is the code of its
+successor, confidence regularized self-training (arXiv 1908.09822). That DRSL builds on CBST is inferred [I].
+The weakness of self-training: a confident label can be wrong. Training on it makes the network surer of it, and the
+next round keeps it again.
 
 Notation
 --------
-    N images   C classes (index c)   K modes per class (index k)   E embedding size   n pixels   h x w feature grid
+    N images   C classes (index c)   K modes per class (index k)   n pixels   E embedding size   H x W image
+    h x w   grid of the features, of D channels each        mode  one of the K clusters of a class's pixels
     y_i     ground truth (source) or pseudo-label (target) of pixel i, 255 = ignore      V  pixels with y_i != 255
     P_i(c)  probability of class c at pixel i, by the segmentation head      tau_c  threshold of class c
     e_i     embedding of pixel i, unit length       R_ck   representative (centre) of mode k of class c, unit length
     d2_ck   squared distance |e - R_ck|^2 = 2 - 2 <e, R_ck>, in [0, 4]      sigma  common width of all modes
     m_i     mode of pixel i inside its class        q_ik   share of pixel i that mode k of its class gets
-    epsilon  softness of q    alpha  margin    A  modes with pixels of both domains    M  pairs per mode
-    lambda_*, w_own  weights    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
+    epsilon  softness of q: near 0 one mode gets all of a pixel      alpha  margin
+    A  modes with pixels of both domains    M  pairs of pixels per mode    lambda_*, w_own  weights
+    ^s, ^t  of the source, of the target    [x]_+ = max(x, 0)
+    look    how a thing of the toy is drawn: three ways per class. What is common in one domain is rare in the other.
 
 Equations
 ---------
     DRSL-1   L_seg^s = -(1/|V^s|) sum_{i in V^s} log P_i(y_i)                                 kind [P], form [F]
     DRSL-2   L_seg^t = the same on the target with pseudo-labels                              kind [P], form [F]
-    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant; one sigma, no mixture weights         [R]
+    DRSL-3   p_ck(e) = exp(-d2_ck(e) / (2 sigma^2)), up to a constant, with one sigma and equal weights      [R]
     DRSL-4   P_mm(c|e) = sum_k p_ck / sum_{c',k'} p_c'k'                                                     [R]
     DRSL-5   L_mmce = -mean_i log P_mm(y_i | e_i)                                                            [R]
     DRSL-6   L_marg = mean_i [ d2_{y_i m_i} - min_{c != y_i, k} d2_ck + alpha ]_+         RepMet: m_i by DRSL-8 [R]
-    DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    on the target "over pseudo-labels" [P], on the source with y [I]
+    DRSL-7   L_mm = L_marg + L_mmce + w_own L_own    L_marg + L_mmce [R], w_own L_own [U]
+             on the target "over pseudo-labels" [P], on the source with the ground truth [I]
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
-             a_j, b_j: random pixels of the mode, with replacement; a source pixel's mode is m_i, a target's DRSL-19
+             a_j, b_j: a random source and a random target pixel of the mode, with replacement. A source pixel's mode
+             is m_i, a target pixel's is that of DRSL-19.
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top;
-             1 if that number is 0                                                                     CBST  [F]
+    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top,
+             or 1 if that number is 0                                                                  CBST  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
     DRSL-16  portion of the next round = min(portion + portion_step, portion_max)                            [F]
     DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k. Then three times: q_ik is divided by
@@ -72,10 +74,10 @@ Equations
 The gap is on purpose: DRSL-9B to -9D and -11 to -13 are alternatives that were left out, named above parse_args. No
 gradient flows through m, q and pseudo-labels.
 
-Why the modes are balanced: with DRSL-8 alone a mode that is nearest to most pixels is pulled to still more of them, and
-after a few hundred steps every class has one mode. Then there is no multi-modal distribution to learn from. DRSL-17 is
-Sinkhorn's algorithm: it gives the modes of a class equal shares of its pixels. Three rounds do so nearly where modes
-lie close together, and leave modes that are far apart as uneven as their pixels.
+Why are the modes balanced? With DRSL-8 alone, a mode that is nearest to most pixels is pulled to still more of them. On
+the toy every class is left with one mode after a few hundred steps, and there is no multi-modal distribution to learn
+from. DRSL-17 is Sinkhorn's algorithm, which draws the modes of a class towards equal shares of its pixels. Three rounds
+of it nearly get there where modes lie close together. Modes that are far apart stay as uneven as their pixels.
 
 The algorithm                                                             paper's notion -> function
 -------------                                                             --------------------------
@@ -85,7 +87,7 @@ The algorithm                                                             paper'
 3. --iterations steps of the network, as many as with --plain: first      step_losses
    --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
    then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
-   class-balanced (DRSL-14, -15), and trains on both domains (DRSL-10):   pseudo_labels
+   class-balanced (DRSL-14 to -16), and trains on both domains, DRSL-10:  pseudo_labels
      segmentation head, DRSL-1, -2                                        segmentation_loss
      multi-modal head, its e and d2                                       ModeHead
      multi-modal distribution learning, DRSL-7:                           mode_loss
@@ -99,12 +101,11 @@ The algorithm                                                             paper'
 What changes the method where the sources are silent or differ (all else stands above parse_args)
 -------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
-2. Pixels of the mode losses. Paper: not known. Here: at most --pixels random ones per class and image.
+2. Pixels of the mode losses. Paper: not known. Here: up to --pixels random ones per class and image (balanced_labels).
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
    without a pseudo-label (--align-over all).
-4. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
-5. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
-   the variation inside a class), and the abstract's margins over others, 2.3 and 2.5 mIoU on SYNTHIA, never tried here.
+4. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
+   the variation inside a class), and the margins over other methods, 2.3 and 2.5 points on SYNTHIA [P], never tried.
 
     setting                        RepMet or CRST      here
     sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
@@ -141,8 +142,8 @@ import common
 class ModeHead(nn.Module):
     """The multi-modal head: embeds pixels on the unit sphere and holds the K representatives of each class.
 
-    Inferred [I]: the layers (1x1 convolution, GroupNorm, ReLU, 1x1 convolution) and that they read the segmentation
-    head's own features. Unit length is RepMet's, which has two hidden layers of 1024 on detection boxes, E = 256 [R].
+    The layers are inferred [I], and so is that they read the very features that the segmentation head reads. RepMet has
+    two hidden layers of 1024 units on detected boxes, and E = 256. Unit length is RepMet's [R].
     """
 
     def __init__(self, feature_dim, num_classes, modes=3, embedding=256):
@@ -152,22 +153,22 @@ class ModeHead(nn.Module):
         self.representatives = nn.Parameter(F.normalize(torch.randn(num_classes, modes, embedding), dim=2))
 
     def forward(self, features, distances=False):
-        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length; with `distances` also d2 (n, C, K) of all pixels.
+        """(N, D, h, w) -> embeddings (N, E, h, w) of unit length and, with `distances`, d2 (n, C, K) of all pixels.
 
-        (In here, because DistributedDataParallel averages the gradients of what goes through it.)
+        d2 is computed in here because DistributedDataParallel averages the gradients of what goes through `forward`.
         """
         e = F.normalize(self.project(features), dim=1)
         return (e, self.squared_distances(common.as_pixels(e))) if distances else e
 
     def squared_distances(self, e):
-        """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>; R is normalised on use."""
+        """Unit vectors (n, E) -> d2 (n, C, K) in [0, 4]: |e - R|^2 = 2 - 2 <e, R>. R is normalised on use."""
         R = F.normalize(self.representatives, dim=2).flatten(0, 1)  # (C, K, E) -> (C K, E)
-        d2 = (2 - 2 * e @ R.T).clamp(min=0)  # (n, C K); rounding may give -1e-7
+        d2 = (2 - 2 * e @ R.T).clamp(min=0)  # (n, C K), clamped because rounding may give -1e-7
         return d2.view(len(e), *self.representatives.shape[:2])  # (n, C, K)
 
 
 def mean_over_valid(values, labels):
-    """Mean of values (n,) over the pixels whose label is not 255; over none a zero that is connected to the graph."""
+    """Mean of values (n,) over the pixels whose label is not 255, or a zero connected to the graph if all are."""
     valid = labels != common.IGNORE
     return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
@@ -179,23 +180,23 @@ def own_class(d2, labels):
 
 
 def mode_cross_entropy(d2, labels, sigma):
-    """DRSL-5, nats: cross-entropy of the class posterior that the modes imply. d2 (n, C, K), labels (n,), 255 ignored.
+    """DRSL-5 in nats, all in log space: cross-entropy of the class posterior P_mm that the modes imply.
 
-    Everything stays in log space.
+    d2 (n, C, K), labels (n,), 255 ignored.
     """
     # DRSL-3
     z = -d2 / (2 * sigma**2)  # log p_ck, (n, C, K)
     # DRSL-4
-    logits = z.logsumexp(2)  # log of the numerator, (n, C); the cross-entropy divides by the sum over classes
+    logits = z.logsumexp(2)  # log of the numerator, (n, C). The cross-entropy divides by the sum over classes
     # DRSL-5
     return mean_over_valid(F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none"), labels)
 
 
 def margin_loss(d2, labels, alpha, modes=None):
-    """DRSL-6: the own mode must be nearer than the nearest mode of any other class, by alpha (squared distance).
+    """DRSL-6: the pixel's own mode must be nearer than any mode of another class, by alpha in squared distance.
 
     d2 (n, C, K), labels (n,), 255 ignored. modes (n,): every pixel's own mode m, the nearest of its class if not given.
-    Only that and the nearest foreign mode get a gradient: so modes can specialise.
+    Of the modes only this one and the nearest foreign one get a gradient, so modes can specialise.
     """
     y = torch.where(labels == common.IGNORE, 0, labels)[:, None]  # (n, 1)
     modes = assign_modes(d2, labels) if modes is None else modes
@@ -206,9 +207,9 @@ def margin_loss(d2, labels, alpha, modes=None):
 
 
 def own_mode_cross_entropy(d2, labels, modes, sigma):
-    """DRSL-18, nats: cross-entropy towards mode m among the K modes of the own class. Exactly 0 if K = 1.
+    """DRSL-18 in nats: cross-entropy towards mode m among the K modes of the own class. Exactly 0 if K = 1.
 
-    d2 (n, C, K), labels (n,), 255 ignored, modes (n,).
+    d2 (n, C, K), labels (n,), 255 ignored, modes m (n,).
     """
     z = -own_class(d2, labels) / (2 * sigma**2)  # (n, K)
     # DRSL-18
@@ -222,18 +223,17 @@ def assign_modes(d2, labels):
 
 
 def balanced_assignment(d2_own, labels, num_classes, epsilon=0.05, iterations=3):
-    """DRSL-17: soft modes q (n, K) of pixels inside their class, whose modes get more equal shares. No gradient.
+    """DRSL-17: q (n, K), how much of each pixel each mode of its class gets, about equally much in the sum over pixels.
 
     d2_own (n, K): distances to the modes of the own class, labels (n,), 255 ignored. Sinkhorn's algorithm, for all
-    classes at once: in turn every mode is scaled to the same mass and every pixel to a sum of 1. Modes that lie near
-    each other end with equal shares after a few iterations; modes far apart would take many more.
+    classes at once: in turn every mode is scaled to the same mass and every pixel to a sum of 1. No gradient.
     """
     member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(d2_own)  # (n, C)
     # DRSL-17
     q = (-d2_own.detach() / epsilon).softmax(1)  # (n, K)
     for _ in range(iterations):
         mass = member.T @ q  # (C, K): what every mode has
-        q = q / (member @ mass).clamp(min=1e-30)  # now every mode of a class has 1; a pixel labelled 255 has no class
+        q = q / (member @ mass).clamp(min=1e-30)  # now every mode has 1 (a pixel labelled 255 has no class)
         q = q / q.sum(1, keepdim=True)  # now every pixel has 1
     return q
 
@@ -246,16 +246,16 @@ def nearest_modes(d2):
 
 
 def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pairs=64, generator=None, *, shape):
-    """DRSL-9A: distance of random source and target pixels of the same (class, mode), mean over the modes both have.
+    """DRSL-9A: mean squared distance of random pairs, a source and a target pixel of the same (class, mode).
 
-    e (n, E), labels (n,), 255 ignored, modes (n,), shape (C, K). Exactly 0 if no mode is shared. All modes at once;
-    tests/benchmark.py has it as a loop over the shared ones.
+    e (n, E), labels (n,), 255 ignored, modes (n,), shape (C, K). Exactly 0 if the domains share no mode. All modes are
+    computed at once. tests/benchmark.py has the textbook form, a loop over the shared ones.
     """
     if len(e_s) == 0 or len(e_t) == 0:
         return 0 * (e_s.sum() + e_t.sum())
     C, K = shape
-    j = torch.arange(C * K, device=e_s.device)[:, None]  # (C K, 1): the modes, numbered through
-    of_s, of_t = labels_s * K + modes_s == j, labels_t * K + modes_t == j  # (C K, n): every mode's pixels, none 255
+    mode = torch.arange(C * K, device=e_s.device)[:, None]  # (C K, 1): number c K + k of every mode
+    of_s, of_t = labels_s * K + modes_s == mode, labels_t * K + modes_t == mode  # (C K, n): its pixels, no 255
     A = of_s.any(1) & of_t.any(1)  # (C K,)
     # A mode outside A draws from all pixels, and what it draws does not count.
     a, b = (torch.multinomial((of | ~A[:, None]).float(), pairs, replacement=True, generator=generator)
@@ -266,14 +266,14 @@ def stochastic_mode_alignment(e_s, labels_s, modes_s, e_t, labels_t, modes_t, pa
 
 
 def class_thresholds(confidence, label, num_classes, portion):
-    """DRSL-14: tau (C,), the confidence from which on the best `portion` of the pixels predicted as each class lies.
+    """DRSL-14: tau (C,), the confidence that the surest `portion` of the pixels predicted as each class reaches.
 
-    confidence (n,) in [0, 1], label (n,) predicted classes. A class with nothing to keep gets 1.
+    confidence (n,) in [0, 1], label (n,) predicted classes. A class that may keep no pixel gets 1.
     """
     tau = torch.ones(num_classes, dtype=confidence.dtype, device=confidence.device)
     for c in range(num_classes):
         falling = confidence[label == c].sort(descending=True).values  # (n_c,)
-        place = int(portion * len(falling) + 1e-6)  # floor; 1e-6 so that 0.29 * 100 is 29
+        place = int(portion * len(falling) + 1e-6)  # floor, with 1e-6 so that 0.29 * 100 is 29
         if place > 0:
             # DRSL-14
             tau[c] = falling[place - 1]
@@ -288,7 +288,7 @@ def pseudo_labels(prob, thresholds):
 
 
 def kmeans_modes(e, labels, representatives, iterations=10):
-    """Spherical k-means inside every class: (C, K, E) unit vectors that start the representatives [I].
+    """Spherical k-means inside every class: (C, K, E) unit vectors from which the representatives start [I].
 
     e (n, E) unit vectors, labels (n,). The first centre is the pixel nearest to the class mean, each further one the
     pixel farthest from all centres so far. A class with fewer than K pixels keeps its rows of `representatives`.
@@ -311,10 +311,10 @@ def kmeans_modes(e, labels, representatives, iterations=10):
 
 
 def balanced_labels(label, size, limit, u):
-    """At most `limit` random labels per class and image, lest road and building dominate; the others become 255 [U].
+    """Labels (N, h, w) of which at most `limit` per class and image remain, lest road and building dominate [U].
 
-    label (N, H, W) is brought to the grid `size` = (h, w), the pixel at each cell's centre -> (N, h, w).
-    u (N, h, w): random numbers; of each class in each image the pixels with the smallest ones are kept.
+    label (N, H, W) is brought to the grid `size` = (h, w) by the pixel at each cell's centre. u (N, h, w) are random
+    numbers below 1. Of each class in each image the pixels with the smallest ones are kept, the others become 255.
     """
     label = common.grid_labels(label, size)  # (N, h, w)
     image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
@@ -330,9 +330,9 @@ def balanced_labels(label, size, limit, u):
 
 
 def embed(head, features, label, args, generator):
-    """What the mode head says of features (N, D, h, w), and the labels of the pixels that the mode losses see.
+    """The pixels of features (N, D, h, w) as the mode losses see them: e (n, E), d2 (n, C, K) and labels y (n,).
 
-    label (N, H, W). Returns pixels e (n, E), their d2 (n, C, K) and y (n,), 255 where a pixel is not used.
+    label (N, H, W). y is 255 where a pixel has no label or is not among the --pixels drawn.
     """
     e, d2 = head(features.float(), distances=True)  # (N, E, h, w), (n, C, K)
     u = torch.rand(e[:, 0].shape, generator=generator, device=e.device)  # (N, h, w)
@@ -341,7 +341,7 @@ def embed(head, features, label, args, generator):
 
 
 def own_modes(d2, y, args):
-    """The mode m (n,) of its own class to which a pixel is pulled: by DRSL-17, with --no-balance by DRSL-8."""
+    """m (n,), the mode of its own class to which each pixel is pulled: by DRSL-17, with --no-balance by DRSL-8."""
     if not args.balance:
         return assign_modes(d2, y)
     return balanced_assignment(own_class(d2, y), y, d2.shape[1], args.epsilon).argmax(1)
@@ -355,10 +355,10 @@ def mode_loss(d2, y, m, args):
 
 
 def step_losses(network, head, source, target, args, generator):
-    """DRSL-10 and its terms: {"loss", "ce_s", "mm_s", "ce_t", "mm_t", "sma"}.
+    """The terms of DRSL-10 by name, ce_s, ce_t, mm_s, mm_t and sma, and their weighted sum "loss".
 
-    source, target: (image, label), the target's being pseudo-labels. Without a target (a joint step): the source's
-    terms. Without a head (plain self-training): the two cross-entropies.
+    source, target: (images, labels), on the target pseudo-labels. A joint step has no target, and so only the terms of
+    the source. Plain self-training has no head, and so only the two cross-entropies.
     """
     with common.autocast(args):
         features_s, logits_s = network(source[0])  # (N, 3, H, W) -> (N, D, h, w), (N, C, h, w)
@@ -376,7 +376,7 @@ def step_losses(network, head, source, target, args, generator):
     if head is None:
         return {"loss": ce_s + args.lambda_t * ce_t, "ce_s": ce_s, "ce_t": ce_t}
 
-    # The modes of a class share the pixels of both domains: one domain may have more of a mode than the other.
+    # Both domains are balanced together, so that a mode may have most of its pixels in one of them.
     e, d2, y = embed(head, torch.cat([features_s, features_t]), torch.cat([source[1], target[1]]), args, generator)
     m = own_modes(d2, y, args)
     (e_s, e_t), (d2_s, d2_t), (y_s, y_t), (m_s, m_t) = (both.chunk(2) for both in (e, d2, y, m))
@@ -445,7 +445,10 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 
 def make_optimizer_with_modes(model, head, args):
-    """The shared groups plus the head's, at the network's own rate [R]. No weight decay on R, normalised on use."""
+    """The shared groups and two more at the network's own rate: the head's layers [U], and R as in RepMet [R].
+
+    R is normalised on use and has no weight decay.
+    """
     optimizer = make_optimizer(model, args)
     if head is None:  # plain self-training
         return optimizer
@@ -457,7 +460,7 @@ def make_optimizer_with_modes(model, head, args):
 def train_modes(model, source, args, run):
     """Step 2: a new head with modes of the source classes, before any pseudo-label exists [I]. Checkpoints: modes.pt.
 
-    For --head-iterations the head learns from L_mm^s while the network stands still, then k-means places the modes.
+    For --head-iterations the head learns from L_mm^s while the network stands still. Then k-means places the modes.
     """
     torch.manual_seed(common.mix_seed(args.seed, 7))  # the head's start does not depend on what was drawn before
     head = ModeHead(model.feature_dim, len(common.task_classes(args.source)), args.modes, args.embedding)
@@ -486,8 +489,8 @@ def train_modes(model, source, args, run):
 
 @torch.no_grad()
 def place_modes(model, head, source, args, images=400, per_class=2000):
-    """Step 2, k-means: sets the representatives from about `per_class` embeddings of every class, at most."""
-    images, es, labels = min(images, len(source)), [], []
+    """Step 2, k-means: sets the representatives, from up to about `per_class` embeddings of every class."""
+    images, embeddings, labels = min(images, len(source)), [], []
     steps, seed = math.ceil(images / args.batch_size), common.mix_seed(args.seed, 8)
     for step, (image, label) in enumerate(common.training_batches(source, args, seed, 0, steps)):
         with common.autocast(args):
@@ -495,25 +498,25 @@ def place_modes(model, head, source, args, images=400, per_class=2000):
         e = head(features.float())  # (N, E, h, w)
         u = torch.rand(e[:, 0].shape, generator=common.generator(args, 3, step), device=e.device)  # (N, h, w)
         y = balanced_labels(label, e.shape[2:], math.ceil(per_class / images), u).flatten()  # (n,)
-        es.append(common.as_pixels(e)[y != common.IGNORE])
+        embeddings.append(common.as_pixels(e)[y != common.IGNORE])
         labels.append(y[y != common.IGNORE])
-    R = kmeans_modes(torch.cat(es), torch.cat(labels), head.representatives)
+    R = kmeans_modes(torch.cat(embeddings), torch.cat(labels), head.representatives)
     head.representatives.copy_(common.all_sum(R * (common.rank() == 0)))  # the first process's for all of them
 
 
 def label_target(model, args, folder, portion):
-    """Step 3: pseudo-labels of the target train images, written to `folder` as PNGs; returns what the log shows."""
-    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")  # for the log alone
+    """Step 3: writes pseudo-labels of the target train images as PNGs to `folder`, returns what the log shows."""
+    dataset = common.target_dataset(args, "train", labelled=args.source == "toy")  # only the log sees the truth
 
-    # Confidences of every 4th image, 8th row and column, which is enough for a threshold and fits in memory.
+    # Every 8th row and column of every 4th image: enough confidences for a threshold, and they fit in memory.
     some = torch.utils.data.Subset(dataset, range(0, len(dataset), 4))
     confidence = torch.zeros(len(some), args.size[0] // 8, args.size[1] // 8, device=args.device)
     label = torch.zeros_like(confidence, dtype=torch.int64)
-    n = common.rank()  # each process fills in the images that it has looked at, and the sum is the whole
+    number = common.rank()  # each process fills in the images that it has looked at, and the sum is the whole
     for _, prob in common.predictions(model, some, args, flip=True):  # (N, C, H, W)
         for best, index in zip(*prob[:, :, ::8, ::8].max(1)):  # (H / 8, W / 8)
-            confidence[n], label[n] = best, index
-            n += common.world_size()
+            confidence[number], label[number] = best, index
+            number += common.world_size()
     confidence, label = common.all_sum(confidence).flatten(), common.all_sum(label).flatten()
     tau = class_thresholds(confidence, label, len(common.task_classes(args.source)), portion)
 
@@ -526,7 +529,7 @@ def label_target(model, args, folder, portion):
 
 
 def effective_modes(counts):
-    """DRSL-20, from 1 (one mode has all pixels) to K: counts (C, K) of pixels -> (C,), NaN for classes without any."""
+    """DRSL-20: counts (C, K) of pixels -> (C,), from 1 (one mode has all) to K, NaN for classes without any."""
     share = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
     # DRSL-20
     return torch.special.entr(share).sum(1).exp()
@@ -534,10 +537,10 @@ def effective_modes(counts):
 
 @torch.no_grad()
 def log_modes(model, head, source, target, args, run, images=40):
-    """Logs the effective modes of every class in training views of both domains; returns their means as meters.
+    """Logs the effective modes of every class in training images of both domains, returns their means as meters.
 
     A source pixel counts for the nearest mode of its class, a target pixel for the nearest of all. The network is in
-    training mode: batch norm is the one under which the modes were learned.
+    training mode, so that batch norm is the one under which the modes were learned.
     """
     C, K, _ = head.representatives.shape
     meters = {}
@@ -554,42 +557,44 @@ def log_modes(model, head, source, target, args, run, images=40):
                 c = common.grid_labels(label, features.shape[2:]).flatten()
                 k = assign_modes(d2, c)
             counts += torch.bincount((c * K + k)[c != common.IGNORE], minlength=C * K)
-        modes = effective_modes(common.all_sum(counts).view(C, K))  # (C,)
-        run.log(f"modes {domain}", effective=[None if math.isnan(m) else round(m, 2) for m in modes.tolist()])
-        meters[f"effective_modes_{domain}"] = modes.nanmean().item()
+        effective = effective_modes(common.all_sum(counts).view(C, K))  # (C,)
+        run.log(f"modes {domain}", effective=[None if math.isnan(x) else round(x, 2) for x in effective.tolist()])
+        meters[f"effective_modes_{domain}"] = effective.nanmean().item()
     return meters
 
 
 # ================================================ further deviations ================================================
+#  5. Distance in the margin. RepMet prints d, its code uses d2. Here: d2.
 #  6. Weights inside L_mm. RepMet: a mean of cross-entropies, and margins summed over boxes that were mined as hard and
 #     divided by 512. Here: three means over the same pixels.
 #  7. Where modes start. RepMet: a random point per class plus offsets that all classes share. Here: k-means.
-#  8. What "stochastic" means in stochastic mode alignment. Paper: not known. Here: random pairs of pixels.
+#  8. What is "stochastic" in stochastic mode alignment. Paper: not known. Here: the pairs of pixels.
 #  9. What is embedded. RepMet: boxes. Here: the cells of the stride-8 grid, each labelled by the pixel at its centre.
 # 10. Optimizer. CRST: SGD at a constant rate, a fresh one every round. Here: one for all --iterations, with a ramp and
-#     poly decay over them (--power 0 for none). Head and representatives learn at the network's own rate, as RepMet's.
+#     poly decay over them (--power 0: no decay).
 # 11. Batch norm. CRST: frozen statistics. Here: what --batch-norm says, from the mode warm-up on. If it is live, each
 #     domain's batch is normalised by its own statistics, and those for labelling are estimated on target views.
 # 12. Source images in a round. CRST: 3 to 6 % of the source set. Here: a fresh source batch every step.
 # 13. Pseudo-labels. CRST: inputs scaled by 0.9 and mirrored, labels at 1024x2048, thresholds from every 4th pixel.
-#     Here: inputs of --size, mirrored, labels at --size, thresholds from every 4th image, 8th row and column.
-# 14. Background score. RepMet: one for detection. Here: none, pixels without a class are ignored.
-# 15. Several processes. Each balances and aligns the pixels of its own images.
-# Left out, because neither a sentence of the abstract nor a measurement asks for it: RepMet's scaled maximum in place
-# of DRSL-4, modes drawn at random in place of the nearest (DRSL-9B), triplets (DRSL-9C) or centroids (DRSL-9D) in place
-# of pairs ("pixels", says the abstract), alignment that moves only one domain, focal loss, and other metric losses:
-# SoftTriple (DRSL-11), Magnet (DRSL-12), triplets (DRSL-13).
+#     Here: inputs of --size, mirrored, labels at --size, thresholds from every 8th row and column of every 4th image.
+# 14. Several processes. Each balances and aligns the pixels of its own images.
+# Left out, because neither the abstract nor a measurement asks for it:
+# * in place of DRSL-4 the scaled maximum of the p_ck of a class, which RepMet's code trains
+# * in place of DRSL-8 modes drawn at random, with the probabilities p_ck inside the class (DRSL-9B)
+# * in place of pairs triplets (DRSL-9C) or centroids (DRSL-9D), though the abstract speaks of pixels
+# * alignment that moves only one domain, and focal loss
+# * other metric losses: SoftTriple (DRSL-11), Magnet (DRSL-12), triplets (DRSL-13)
 
 
 def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
     add("--plain", action="store_true",
-        help="plain self-training: no modes, no alignment, every step an adaptation step; their flags do nothing")
+        help="plain self-training: no modes, no alignment, every step an adaptation step, and their flags do nothing")
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
-        help="before them, the head alone at --warmup-lr, then k-means; 0: modes start at random places [U]")
+        help="steps of the head alone, at --warmup-lr, before k-means; 0: modes start at random places [U]")
     add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
-        help="the first ones of --iterations, on source alone, where modes and network learn together [U]")
+        help="how many of --iterations come first, on source alone: modes and network learn together [U]")
     add("--rounds", type=common.count, metavar="N", default=common.by_source(2, 4),
         help="rounds of pseudo-labels [U: 3 to 6]")
     add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 12000, small=6000),
@@ -600,7 +605,7 @@ def parse_args():
         help="kept share of the pixels predicted as each class, first round [F]")
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
         help="its growth per round [F]")
-    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="its bound [F]")
+    add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="largest kept share [F]")
     add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),
         help="E, embedding size [U; RepMet 256]")
@@ -640,7 +645,7 @@ def main():
     source_model = copy.deepcopy(model)
     common.settle_batch_norm(model, views, args)
 
-    # Step 2: modes of the source classes, under the adaptation's batch norm. Plain self-training has none.
+    # Step 2: modes of the source classes, under the adaptation's batch norm. Plain self-training has no modes.
     head = None if args.plain else train_modes(model, source, args, run)
 
     # Step 3: the joint steps on source (r = 0), then rounds of pseudo-labels and training on both domains.
@@ -679,10 +684,10 @@ def main():
             if run.time_to_save(done, args.iterations):
                 run.save("last.pt", done, model, **parts)
 
-    # Step 4: both models on the target's validation split.
+    # Step 4: both models on the target's validation split. Noise: the share of wrong labels in the last round.
     meters = {} if args.plain else log_modes(model, head, source, views, args, run)
     labelling = [line for line in run.logged() if "accuracy" in line]
-    if labelling:  # the abstract's claim: in the last round less noise
+    if labelling:
         meters["noise"] = 100 * (1 - labelling[-1]["accuracy"])
         meters["noise_classes"] = 100 * (1 - labelling[-1]["accuracy_classes"])
     common.settle_batch_norm(model, views, args)

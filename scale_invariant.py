@@ -4,65 +4,71 @@
     ECCV 2020, arXiv 2007.14449. Authors' code: github.com/MNaseerSubhani/LSE, read at commit e0fe81b.
 
 READ THIS FIRST. Of the paper only the abstract and the first lines of the introduction were available. The equations
-come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own; the paper's equation
-numbers and symbols are unknown. Equations, steps and flags carry their origin:
+come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own, because the paper's
+equation numbers and symbols are unknown. Equations, steps and flags carry their origin:
     [P] the paper's abstract    [C] the authors' code    [N] their notebooks, which hold logs    [U] unknown: our choice
 
 The idea in five sentences
 --------------------------
-1. What an object is does not depend on how large it appears, yet a network does worse on an enlarged part of a picture
-   than on the whole; so what it says of the whole picture can teach it the enlarged part.
-2. A source-trained network predicts all target training images; for every class they are ranked by the network's mean
-   confidence where it predicts that class, and the union of every class's best few is selected.
-3. In each class's list the best image that was not kept sets an entropy threshold for that class, anew in every round.
-4. Random windows of half the height and width are cut from each selected image and enlarged by two; their label is the
-   prediction made on the whole image, enlarged as well, except where its entropy reaches the threshold of its class.
-5. The network trains on source images by cross-entropy and on the enlarged windows by cross-entropy and a focal loss,
-   which is there against class imbalance [P]; then the next round selects a larger share.
+1. What an object is does not depend on how large it appears, yet a network is less certain of an enlarged part of an
+   image than of the whole image, so its prediction of the whole can teach it the enlarged part.
+2. A source-trained network predicts all target training images, and for every class those images are selected in which
+   it is most confident of this class.
+3. The best image that was not selected for a class sets an entropy threshold for this class, anew in every round.
+4. Random windows of half the height and width are cut from the selected images and enlarged by two, and the prediction
+   of the whole image, enlarged with them, is their label wherever its entropy is below the threshold of its class.
+5. The network trains on source images and on enlarged windows by cross-entropy, on the windows also by a focal loss
+   against class imbalance, and the next round selects more images.
 
+The abstract states the first sentence, and it names confident images, a dynamic class-specific entropy threshold, the
+transfer of labels between scales and the focal loss [P]. How each of them is done is known from the code alone [C].
 The idea is in the labels and not in the losses: `step_losses` knows nothing of scale. Read `label_target` first.
 
-Why the best image not kept? It stands just outside the images that are trusted for the class. A pixel of a trusted
-image becomes a label only if its normalised entropy is below the mean of that first image which is not trusted. As the
-portion grows, this border moves down the list, and the threshold follows. (Our reading [U]: the code gives no reason.)
+Why does the best image not selected set the threshold? It is the first one that is not trusted for the class. A pixel
+of a trusted image becomes a label only if it is surer, relative to its class and image, than that image's pixels are on
+average. As more images are selected, the threshold follows. This is our reading [U], since the code gives no reason.
 
-The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. Here it hardly
-holds: on the toy the network is about as certain of an enlarged window as of the whole image, and wrong. Entropy cannot
-see that. The cross-entropy between the two views can, and both are measured: see "meters (ours)".
+The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. On the toy it
+hardly holds: the network is about as certain of an enlarged window as of the whole image, and yet it is wrong. Entropy
+cannot show that, but the cross-entropy between the two predictions can. Both are measured: see "meters (ours)".
 
 Notation
 --------
-    M target images    C classes (index c)    H x W image    h x w grid of the network    i, j pixels
-    window   part of an image, a x b pixels        patch   a window enlarged to H x W; n_p of them per selected image
-    P_i      softmax at pixel i of the whole image, by the network that labels; y_i = argmax P_i, q_i = max P_i
+    M target images    N images of a batch    C classes (index c)    H x W image    h x w grid of the network
+    window   part of an image, a x b pixels    patch   a window enlarged to H x W, n_p of them per selected image
+    view     what the network is shown of an image: a patch or, as a control, the whole image
+    i, j     pixels                                _s, _t    of the source, of the target
+    P_i      softmax at pixel i of the whole image, by the network that labels
+    y_i      argmax P_i, the predicted class       q_i     max P_i
     E_i      entropy of P_i in nats                E^_i    the same, normalised inside the class y_i (LSE-7)
     s_c      confidence of an image in class c     u_c     mean E^_i of an image's pixels with y_i = c
     N_c      images in which c is predicted        k_c     how many of them are kept for c
-    x*_c     the best image not kept for c         t_c     entropy threshold of c
+    x*_c     the best image not kept for c         tau_c   entropy threshold of c
     p_r      portion of round r = 0, 1, ...        T_r     images selected in round r
     l_i      cross-entropy at pixel i: -ln of the probability which the network in training gives to the label there
     V_s, V_t    the source and the target pixels whose label is not 255
 
-Equations, all from the authors' code [C]; the numbers 1 to 13 have no gap
---------------------------------------------------------------------------
-The authors divide the portion p_r among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
+Equations LSE-1 to LSE-13, all from the authors' code [C]
+---------------------------------------------------------
+The ranking of a class lists the images in which it is predicted, by falling s_c. The authors divide the portion p_r
+among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
     LSE-1    L_src = mean_{V_s} l_i                                             source image, true label
     LSE-2    L_ce = mean_{V_t} l_i                                              patch, transferred label
     LSE-3    L_fl = mean_{V_t} (1 - exp(-l_i))^gamma l_i                        the same pixels
     LSE-4    L = L_src + L_ce + beta L_fl,   beta = 0.1, gamma = 3
     LSE-5    s_c = mean_{i: y_i = c} q_i
-    LSE-6    k_c = int(N_c p_r / 19): so many images of largest s_c are kept for c; T_r is the union over the classes
+    LSE-6    k_c = int(N_c p_r / 19): the first k_c images of the ranking of c are kept, and T_r is their union over c
     LSE-7    E^_i = (E_i - min_j E_j) / (max_j E_j - min_j E_j), j over the pixels of this image with y_j = y_i
-    LSE-8    x*_c: place k_c, counted from 0, of the list of class c
-    LSE-9    t_c = mean_{i in x*_c, y_i = c} E^_i, that is u_c of x*_c
-    LSE-10   pixel i of a selected image is kept iff E^_i < t_{y_i}
+    LSE-8    x*_c: the image at place k_c, counted from 0, of the ranking of c
+    LSE-9    tau_c = mean_{i in x*_c, y_i = c} E^_i, that is u_c of x*_c
+    LSE-10   pixel i of a selected image is kept iff E^_i < tau_{y_i}
     LSE-11   E_i = -sum_c P_i(c) ln(P_i(c) + 1e-12)
-    LSE-12   patch: a window of a x b = H/2 x W/2 pixels at a random place; its image and its P are enlarged to H x W,
-             bilinear with aligned corners; label: argmax of the *enlarged* P, so that a class can appear between two
-             pixels that both lack it; 255 where not kept
+    LSE-12   patch: a window of a x b = H/2 x W/2 pixels at a random place, whose image and P are enlarged to H x W,
+             bilinear with aligned corners. Its label is the argmax of the *enlarged* P, so that a class can appear
+             between two pixels that both lack it, and 255 where the pixel was not kept.
     LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds of int(epochs n_p |T_r| / batch size) steps
-E^ only ranks the pixels of one class inside one image. Where the class has two entropies there and 0 < t_c <= 1, its
-most certain pixel stays and its least certain one goes, however good or bad the class is as a whole.
+E^ only ranks the pixels of one class inside one image. Unless all have the same entropy, the most certain one is kept
+(if tau_c > 0) and the least certain one is not (if tau_c <= 1), however good the prediction is as a whole.
 
 The algorithm [C]                                                           paper's notion -> function
 -----------------                                                           --------------------------
@@ -80,19 +86,17 @@ The algorithm [C]                                                           pape
 
 Deviations that change the method (the others stand at the end of this file)
 ----------------------------------------------------------------------------
-1. Network. Authors: VGG16-FCN8s (the paper's headline), or DeepLabV2 with two of four branches by a misplaced `return`.
-   Here: DeepLabV2 with four branches, as in all files; --network fcn8s is the authors' other one.
-2. Classes of SYNTHIA. Authors: 19 outputs; terrain, truck and train are never filtered, so nearly all their pixels
-   become labels. Here: 16 outputs.
-3. Focal loss. Authors: per pixel for VGG; for DeepLab LSE-3 of a patch's mean cross-entropy, which treats all pixels
-   alike. Here: per pixel for both. (Their `--focal-loss False` leaves the loss on; --no-focal takes it away.)
+1. Network. Authors: VGG16-FCN8s (the abstract's headline [P]), or DeepLabV2 of which a misplaced `return` leaves two
+   branches. Here: DeepLabV2 with four branches, as in all files. --network fcn8s is the authors' other one.
+2. Classes of SYNTHIA. Authors: 19 outputs. Terrain, truck and train are never filtered, so nearly all pixels predicted
+   as one of them become labels. Here: 16 outputs.
+3. Focal loss. Authors: per pixel for VGG, but for DeepLab LSE-3 of a patch's mean cross-entropy, which treats all
+   pixels alike. Here: per pixel for both. (Their flag `--focal-loss False` leaves the loss on, --no-focal does not.)
 4. Mask of kept pixels. Authors: enlarged bilinearly, kept where not exactly 0. So it grows: a single pixel becomes 16.
    Here: nearest neighbour, a single pixel becomes 4. --mask-mode dilate is the authors' form.
-5. A class with a single entropy in an image. Authors: 0/0, and comparisons with NaN keep the pixel; in x*_c, the whole
-   class. Here: E^ = 0, and t_c comes from the next image of the list that defines one; without any, c gives no label.
 
-Published, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16 and 13 classes: 40.0 and 47.0
-(VGG16), 42.6 and 49.4 (ResNet-101; see deviation 11). Nobody has run this file on them.
+Published scores of LSE with focal loss, from a third party's table: GTA5 39.0 (VGG16), 47.5 (ResNet-101). SYNTHIA, 16
+and 13 classes: 40.0 and 47.0 (VGG16), 42.6 and 49.4 (ResNet-101, see deviation 10). Nobody has run this file on them.
 
 Expect on the toy (mean of seeds 0 to 4; fp32): source only 32.7, with re-estimated batch norm 33.0, LSE 35.1 mIoU (both
 views 35.9, whole images 36.3), and on enlarged views 25.1 (24.5, 15.7) after 17.0; 8 minutes on one thread of an AVX2
@@ -125,7 +129,7 @@ def pixel_entropy(prob):
 
 
 def normalised_entropy(entropy, label):
-    """LSE-7: entropy (H, W) brought to [0, 1] in each predicted class of label (H, W); 0 in a class of one value."""
+    """LSE-7: entropy (H, W) brought to [0, 1] in each class of label (H, W), or to 0 where a class has one value."""
     E, y = entropy.flatten(), label.flatten()  # (H W,)
     low = E.new_full((256,), math.inf).scatter_reduce(0, y, E, "amin")  # (256,): enough for any number of classes
     high = E.new_full((256,), -math.inf).scatter_reduce(0, y, E, "amax")
@@ -140,19 +144,19 @@ def class_means(values, label, num_classes):
 
 
 def image_confidence(prob):
-    """LSE-5: s (C,), mean top-1 probability of the pixels predicted as each class; NaN where it is not predicted."""
+    """LSE-5: s (C,), mean top-1 probability of the pixels predicted as each class, NaN for a class without any."""
     q, y = prob.max(0)  # (H, W)
     return class_means(q, y, len(prob))
 
 
 def image_uncertainty(prob):
-    """u (C,), mean normalised entropy of the pixels predicted as each class; LSE-9 picks from it. NaN without any."""
+    """u (C,), from which LSE-9 picks: mean normalised entropy of the pixels predicted as each class, or NaN."""
     y = prob.max(0).indices  # (H, W); on a CPU much faster than argmax
     return class_means(normalised_entropy(pixel_entropy(prob), y), y, len(prob))
 
 
 def ranked_images(confidence):
-    """One class's list: the images that predict it, the most confident first, of equals the later; confidence (M,)."""
+    """The ranking of one class: the images that predict it by falling confidence (M,), of equals the later first."""
     predict_it = [(s, image) for image, s in enumerate(confidence.tolist()) if not math.isnan(s)]
     return [image for _, image in sorted(predict_it, reverse=True)]
 
@@ -160,13 +164,13 @@ def ranked_images(confidence):
 DIVISOR = 19  # of LSE-6, the number of Cityscapes classes, also for SYNTHIA's 16
 
 
-def kept_images(N, portion):
-    """LSE-6: k, the number of images kept for a class that N images predict."""
-    return min(N, int(N * portion / DIVISOR + 1e-6))  # 1e-6, because 2660 * 0.35 / 19 is 48.99999999999999
+def kept_images(images, portion):
+    """LSE-6: k, how many images are kept for a class that so many images predict."""
+    return min(images, int(images * portion / DIVISOR + 1e-6))  # 1e-6, as 2660 * 0.35 / 19 is 48.99999999999999
 
 
 def select_images(confidence, portion):
-    """LSE-6, -8. confidence (M, C) -> indices of T_r, sorted and unique; x* (C,): best image not kept, -1 for none."""
+    """LSE-6, -8: confidence (M, C) -> sorted indices of T_r, and x* (C,), the best image not kept, -1 for none."""
     selected, reference = set(), []
     for s in confidence.T:  # class after class, (M,)
         images = ranked_images(s)
@@ -177,10 +181,10 @@ def select_images(confidence, portion):
 
 
 def class_thresholds(confidence, uncertainty, reference):
-    """LSE-9: t (C,). confidence, uncertainty (M, C): of every image and class; reference (C,): x*.
+    """LSE-9: tau (C,). s and u of every image and class are confidence and uncertainty (M, C), x* is reference (C,).
 
-    An image in which all pixels of the class have one entropy defines no threshold (its uncertainty is 0): the next one
-    of the list does. Without any, t is 0 and LSE-10 keeps nothing.
+    If all pixels of the class in x* have one entropy, its uncertainty is 0, which is no threshold. Then the next image
+    of the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
     """
     thresholds = []
     for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class after class
@@ -191,7 +195,7 @@ def class_thresholds(confidence, uncertainty, reference):
 
 
 def keep_confident(normalised, label, thresholds):
-    """LSE-10: mask (H, W) of the pixels whose normalised entropy is below the threshold (C,) of their label."""
+    """LSE-10: mask (H, W) of the pixels whose normalised entropy is below tau of their label, thresholds (C,)."""
     return normalised < thresholds[label]
 
 
@@ -201,7 +205,7 @@ def half(size):
 
 
 def random_windows(images, patches, size, generator):
-    """LSE-12: corners (images, patches, 2), top and left, uniform over all places where a window fits in a picture."""
+    """LSE-12: corners (images, patches, 2), top and left, uniform over all places where a window fits in an image."""
     corners = [torch.randint(side - part + 1, (images, patches), generator=generator)
                for side, part in zip(size, half(size))]
     return torch.stack(corners, 2)
@@ -223,9 +227,10 @@ def enlarge_labels(label, size):
 
 
 def transfer_labels(prob, keep, size, mask_mode="nearest"):
-    """LSE-12: labels (H, W) of a patch from what the whole image said in its window, prob (C, a, b) and keep (a, b).
+    """LSE-12: labels (H, W) of a patch from the whole image's prediction in its window, prob (C, a, b) and keep (a, b).
 
-    mask_mode: "nearest" keeps the share of kept pixels, "dilate" keeps what any kept pixel reaches bilinearly.
+    mask_mode: "nearest" leaves the share of kept pixels as it is. "dilate" keeps a pixel if any of the pixels between
+    which it is interpolated is kept.
     """
     label = enlarge(prob, size).max(0).indices  # (H, W): enlarge first, then decide
     if mask_mode == "dilate":
@@ -236,12 +241,12 @@ def transfer_labels(prob, keep, size, mask_mode="nearest"):
 
 
 def round_portion(p_0, delta_p, r):
-    """LSE-13: p of round r, counted from 0. Rounded, so that the log says 0.15 and not 0.15000000000000002."""
+    """LSE-13: p of round r = 0, 1, .... Rounded, so that the log says 0.15 and not 0.15000000000000002."""
     return round(p_0 + r * delta_p, 9)
 
 
 def round_steps(examples, epochs, batch_size):
-    """LSE-13: training steps of one round, `epochs` times over its examples."""
+    """LSE-13: training steps of one round, `epochs` times over its examples, but at least one."""
     return max(1, epochs * examples // batch_size)
 
 
@@ -258,18 +263,18 @@ def focal_loss(logits, label, gamma):
 
 
 def step_losses(network, source, target, args):
-    """The named losses of one step, `loss` LSE-4 of them. source, target: images (N, 3, H, W) and labels (N, H, W).
+    """The losses of one step by name: "loss" is LSE-4, the sum that is minimised.
 
-    Target images are patches, target labels the transferred ones. Two forward passes, so that batch norm, where it is
-    live, normalises each domain by its own statistics.
+    source: images (N, 3, H, W) and true labels (N, H, W). target: patches and transferred labels. Each domain has its
+    own forward pass, so that live batch norm normalises it by its own statistics.
     """
-    (x_s, y_s), (x_t, y_t) = source, target
+    (image_s, label_s), (image_t, label_t) = source, target
     with common.autocast(args):
-        (_, logits_s), (_, logits_t) = network(x_s), network(x_t)  # (N, C, h, w)
-    losses = {"ce_s": segmentation_loss(logits_s, y_s),  # LSE-1
-              "ce_t": segmentation_loss(logits_t, y_t)}  # LSE-2
+        (_, logits_s), (_, logits_t) = network(image_s), network(image_t)  # (N, C, h, w)
+    losses = {"ce_s": segmentation_loss(logits_s, label_s),  # LSE-1
+              "ce_t": segmentation_loss(logits_t, label_t)}  # LSE-2
     if args.focal:
-        losses["focal"] = focal_loss(logits_t, y_t, args.gamma)  # LSE-3
+        losses["focal"] = focal_loss(logits_t, label_t, args.gamma)  # LSE-3
     losses["loss"] = losses["ce_s"] + losses["ce_t"] + args.beta * losses.get("focal", 0)  # LSE-4
     return losses
 
@@ -328,7 +333,7 @@ def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentat
 
 
 def each_prediction(model, dataset, args):
-    """Number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
+    """Yields number, item and probabilities (C, H, W) of every image in this process's share of a data set."""
     number = common.rank()
     for batch, probabilities in common.predictions(model, dataset, args):
         for i, prob in enumerate(probabilities):
@@ -337,7 +342,7 @@ def each_prediction(model, dataset, args):
 
 
 def rank_target(model, dataset, args):
-    """Step 2, one pass over the target: s and u of each image and class, (M, C) each."""
+    """Step 2, one pass over the target: s (M, C) and u (M, C) of each image and class."""
     C = len(common.task_classes(args.source))
     table = torch.zeros(len(dataset), 2 * C, dtype=torch.float64, device=args.device)
     for number, _, prob in each_prediction(model, dataset, args):
@@ -346,7 +351,7 @@ def rank_target(model, dataset, args):
 
 
 def check_portion(portion, images, found):
-    """Refuses a portion with which a class that so many images predict keeps none (LSE-6); says which would do."""
+    """Refuses a portion so small that a class keeps none of `images` images (LSE-6), and says which would do."""
     if kept_images(images, portion) == 0:
         enough = math.ceil(1000 * DIVISOR / images) / 1000
         raise common.InputError(f"{found}, of which a class keeps int({images} x {portion} / {DIVISOR}) = 0; "
@@ -356,9 +361,8 @@ def check_portion(portion, images, found):
 def view_examples(view, images, corners, size):
     """The training examples of --view, [image, n, top, left, a, b]: window n of an image. corners (images, n_p, 2).
 
-    enlarged   the method: windows of half the size, to be enlarged by two.
-    whole      the whole image, n_p times: plain self-training with the same selection of images and pixels.
-    both       the n_p windows of an image and the whole image, which the authors wrote and commented out.
+    enlarged: the method. whole: the whole image n_p times, self-training with the same selection of images and pixels.
+    both: the n_p windows and the whole image, of which the authors' code has a trace that is commented out.
     """
     examples = []
     for image, places in zip(images, corners.tolist()):
@@ -372,9 +376,9 @@ def view_examples(view, images, corners, size):
 
 
 def label_target(model, examples, thresholds, args):
-    """Step 3, the idea: what the network says of a whole image becomes the label of its patches.
+    """Step 3, the idea: what the network says of a whole image becomes the label (1, H, W) of its patches.
 
-    Yields what common.write_pseudo_labels takes: name, and on the toy the truth, for the log alone; label (1, H, W).
+    Yields what common.write_pseudo_labels takes, on the toy with the truth, which only the log sees.
     """
     images = sorted({image for image, *_ in examples})  # T_r
     dataset = Subset(common.target_dataset(args, "train", labelled=args.source == "toy"), images)
@@ -393,8 +397,7 @@ def label_target(model, examples, thresholds, args):
 def start_round(model, args, folder, r):
     """Steps 2 and 3 of round r: selects images, draws windows, writes their labels and round.json into `folder`.
 
-    Returns what the log shows: portion, selected images, examples, what `compare_views` tells of the first window of
-    each image and common.write_pseudo_labels of the labels.
+    Returns what the log shows. `compare_views` looks at the first window of each image.
     """
     dataset, portion = common.target_dataset(args, "train"), round_portion(args.portion, args.portion_step, r)  # LSE-13
     confidence, uncertainty = rank_target(model, dataset, args)
@@ -409,16 +412,16 @@ def start_round(model, args, folder, r):
         common.write_json(folder / "round.json", {"portion": portion, "thresholds": thresholds.tolist(),
                                                   "references": reference.tolist(), "examples": examples})
     views = compare_views(model, Subset(dataset, selected.tolist()), corners[:, :1], args)
-    told = common.write_pseudo_labels(folder, label_target(model, examples, thresholds, args), args)
-    if told["kept"] == 0:
+    labels = common.write_pseudo_labels(folder, label_target(model, examples, thresholds, args), args)
+    if labels["kept"] == 0:
         raise common.InputError(f"round {r + 1}: a portion of {portion} leaves no labelled pixel; choose another")
-    return {"portion": portion, "images": len(selected), "examples": len(examples), **views, **told}
+    return {"portion": portion, "images": len(selected), "examples": len(examples), **views, **labels}
 
 
 class Views(Dataset):
-    """Target training images as the network is trained on them: `view_examples`, each enlarged to --size.
+    """The data set of `view_examples`: windows of target training images, enlarged to --size.
 
-    folder: where their labels were written; without it they have none, which is enough for batch norm.
+    folder: where their labels were written. Without it they have none, which is enough to estimate batch norm.
     """
 
     def __init__(self, args, examples, folder=None):
@@ -444,13 +447,12 @@ class Views(Dataset):
 class FCN8s(nn.Module):
     """FCN-8s (Long et al., arXiv 1411.4038) on torchvision's VGG16, in the "at once" form of Caffe.
 
-    `forward(images (N, 3, H, W))` returns fc7 and logits (N, C, H, W): unlike DeepLabV2's, of the size of the input.
-    fc6 and fc7 take over the weights of VGG's classifier.
+    `forward(images (N, 3, H, W))` returns fc7 and logits (N, C, H, W), which have the size of the input, unlike
+    DeepLabV2's. fc6 and fc7 take over the weights of VGG's classifier.
 
-    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one. Its
-    VGG sees images of 0 to 255; torchvision's sees them divided by 255 and by a deviation of about 0.226, and with
-    Caffe's factors pool3 would never learn. Both are therefore 255 * 0.226 = 58 times as large here, which nobody has
-    measured on real data.
+    Caffe multiplies pool4 by 0.01 and pool3 by 0.0001, so that the finer scores learn as fast as the coarse one [C].
+    Its VGG sees images of 0 to 255, torchvision's sees them divided by 255 and by a deviation of about 0.226. Here both
+    factors are therefore 255 * 0.226 = 58 times as large [U], which nobody has measured on real data.
     """
 
     def __init__(self, num_classes, backbone="vgg16", weights="none"):
@@ -504,47 +506,47 @@ NETWORKS = {"deeplab": common.DeepLabV2, "fcn8s": FCN8s}
 
 
 # =================================================== meters (ours) ===================================================
-# What the method rests on: how differently the network sees a window enlarged and as part of the whole image. Logged in
-# every round, for one window of each selected image. result.json holds the same for the target's validation images, cut
-# into 2 x 2 half-size windows: `before` (the source-only model, its batch norm settled) and `after`.
+# How far the prediction of an enlarged window is from that of the same pixels in the whole image. The log tells it in
+# every round, for one window of each selected image. result.json tells it for the target's validation images, cut into
+# 2 x 2 windows, `before` (the source-only model under the adaptation's batch norm) and `after`.
 
 
-def view_agreement(seen, there):
-    """entropy_gap, cross_entropy and agreement of one patch, (3,).
+def view_agreement(patch, whole):
+    """entropy_gap, cross_entropy and agreement of two predictions of the same pixels, (3,).
 
-    seen (C, H, W): probabilities predicted on the patch; there (C, H, W): those of the whole image, enlarged. The gap
-    of their entropies is the abstract's premise. The cross-entropy is of `seen` against the label that `there` gives.
+    patch (C, H, W): probabilities predicted on a patch. whole (C, H, W): those of the whole image in its window,
+    enlarged. The abstract's premise is a positive gap. Cross-entropy and agreement are with the label by `whole`.
     """
-    label = there.max(0).indices  # (H, W)
-    entropy_gap = (pixel_entropy(seen) - pixel_entropy(there)).mean()
-    cross_entropy = F.nll_loss((seen + 1e-12).log()[None], label[None])
-    agreement = (seen.max(0).indices == label).to(seen.dtype).mean()
+    label = whole.max(0).indices  # (H, W)
+    entropy_gap = (pixel_entropy(patch) - pixel_entropy(whole)).mean()
+    cross_entropy = F.nll_loss((patch + 1e-12).log()[None], label[None])
+    agreement = (patch.max(0).indices == label).to(patch.dtype).mean()
     return torch.stack([entropy_gap, cross_entropy, agreement])
 
 
 def compare_views(model, dataset, corners, args):
-    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), whatever --view says.
+    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), under every --view.
 
-    Where the data set has labels also enlarged_miou, the patches' mIoU against the truth enlarged alike.
+    If the data set has labels, also enlarged_miou: the mIoU of the patches' predictions against the enlarged truth.
     """
     total, size = torch.zeros(3, dtype=torch.float64, device=args.device), args.size
     metric = common.MeanIoU(len(common.task_classes(args.source)))
     for number, item, prob in each_prediction(model, dataset, args):
         windows = [(top, left, *half(size)) for top, left in corners[number].tolist()]
         patches = torch.stack([enlarge(cut(item["image"], *window), size) for window in windows])  # (n, 3, H, W)
-        for window, seen in zip(windows, common.predict(model, patches, size, args)):  # seen: (C, H, W)
-            total += view_agreement(seen, enlarge(cut(prob, *window), size))
+        for window, patch_prob in zip(windows, common.predict(model, patches, size, args)):  # (C, H, W)
+            total += view_agreement(patch_prob, enlarge(cut(prob, *window), size))
             if "label" in item:
                 truth = enlarge_labels(cut(item["label"], *window), size).to(args.device)  # (H, W)
-                metric.update(seen.max(0).indices, truth)
+                metric.update(patch_prob.max(0).indices, truth)
     means = (common.all_sum(total) / (corners.numel() / 2)).tolist()
-    told = dict(zip(("entropy_gap", "cross_entropy", "agreement"), means))
+    meters = dict(zip(("entropy_gap", "cross_entropy", "agreement"), means))
     metric.sum_processes(args.device)
-    return {**told, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else told
+    return {**meters, "enlarged_miou": 100 * metric.mean(metric.present())} if metric.present() else meters
 
 
 def validation_views(model, run, args):
-    """`compare_views` on the target's validation images, cut into 2 x 2 half-size windows; nothing without labels."""
+    """`compare_views` on the target's validation images, cut into 2 x 2 windows. Nothing without labels."""
     if not run.scorable:
         return {}
     dataset, (a, b) = common.target_dataset(args, "val", labelled=True), half(args.size)
@@ -574,11 +576,10 @@ def parse_args():
         help="delta_p, its growth per round [C]")
     add("--patches", type=common.count, metavar="n_p", default=4, help="random patches per selected image [C]")
     add("--view", choices=("enlarged", "whole", "both"), default="enlarged",
-        help="target examples: half-size windows enlarged by two [C]; or, as controls, whole images, or patches and "
-             "whole images")
+        help="what is shown of the target: half-size windows enlarged by two [C] or, as controls, whole images or both")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest",
         help="how the mask of kept pixels is enlarged [U, C]")
-    add("--focal", action=argparse.BooleanOptionalAction, default=True, help="LSE-3; --no-focal: without it [C]")
+    add("--focal", action=argparse.BooleanOptionalAction, default=True, help="add LSE-3, the focal loss [C]")
     add("--beta", type=common.weight, metavar="X", default=0.1, help="weight of the focal loss [C]")
     add("--gamma", type=common.weight, metavar="X", default=3.0, help="its exponent [C; 5 in one notebook]")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror patches, vary their colours [U]")
@@ -607,7 +608,7 @@ def main():
     else:
         train_source(model, source, args, run, "source_only.pt", args.warmup_iterations, args.warmup_lr)
     source_model = copy.deepcopy(model)
-    # What batch norm is settled on: views as the network is trained on, drawn from all target images.
+    # Batch norm is estimated on views of the kind on which the network is trained, from all target images.
     generator = torch.Generator().manual_seed(common.mix_seed(args.seed, 7))
     corners = random_windows(images, args.patches, args.size, generator)
     views = Views(args, view_examples(args.view, range(images), corners, args.size))
@@ -615,7 +616,7 @@ def main():
     before = validation_views(model, run, args)
 
     # Steps 2 to 4: rounds of selection, labels and training on both domains. One optimizer for all of them.
-    # done: steps of the run so far; first, last: where a round starts and ends; begin, end: where the poly decay does.
+    # done: steps of the run so far. A round goes from step `first` to `last`, the poly decay from `begin` to `end`.
     network, first = common.distribute(model, args), 0
     optimizer = fcn8s_optimizer(model, args) if args.network == "fcn8s" else make_optimizer(model, args)
     done = run.load("last.pt", model, optimizer=optimizer)
@@ -651,7 +652,7 @@ def main():
     common.settle_batch_norm(model, views, args)
     run.save("last.pt", done, model, optimizer=optimizer)
     after = validation_views(model, run, args)
-    meters = {f"{name}_{when}": told[name] for name in before for when, told in (("before", before), ("after", after))}
+    meters = {f"{name}_{when}": seen[name] for name in before for when, seen in (("before", before), ("after", after))}
     common.compare_with_source_only({"LSE": model}, args, run, source_model, **meters)
 
 
@@ -660,27 +661,31 @@ if __name__ == "__main__":
 
 
 # ================================================ further deviations ================================================
-#  6. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
+#  5. Input. Authors: BGR, 0 to 255 minus Caffe's mean. Here: normalised RGB, for which FCN8s has other factors. Their
 #     ResNet strides in its 1x1 convolutions, torchvision's in its 3x3.
-#  7. Empty cases. A class that is predicted nowhere ends the authors' program with an error; here it selects nothing.
-#     A patch without a kept pixel has a loss of NaN there, of zero here.
-#  8. List of selected images. Authors: from the second round on it is walked shuffled and with repeats, so that about
-#     35 % of T_r are lost, and one image too many is cut. Here: each image of T_r has exactly n_p patches.
-#  9. Batch norm. Authors: affine part frozen, statistics move with every image, source and patches mixed. Here:
-#     --batch-norm, none of whose values is that. Statistics for labelling and evaluation come from up to 400 views of
-#     the kind on which the network is trained, drawn from all target images.
-# 10. Optimizer of DeepLab. Authors: it lists a body weight about three times and a head weight once, and moves each as
-#     often in every step. Here: each once. To move weights as far, give about --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
-# 11. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a rate of 1e-12, with which no
-#     weight moves: they are the scores of its start, whose making is unknown.
-# 12. Rate over time. Authors: constant for VGG, poly in each round for DeepLab. Here: poly, in each round with
-#     --iterations 0, after a --ramp. Constant: --power 0 --ramp 0.
-# 13. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
+#  6. A class with a single entropy in an image. Authors: LSE-7 is 0/0, and NaN drops no pixel. In x*_c it makes tau_c
+#     NaN and keeps every pixel of c. Here: E^ = 0, and tau_c comes from the next image of the ranking that defines one.
+#     If none does, c gives no label.
+#  7. Empty cases. Authors: a class that is predicted nowhere ends the program with an error, and a patch without a kept
+#     pixel has a loss of NaN. Here: the class selects nothing, and the loss is zero.
+#  8. List of selected images. Authors: the first image of T_r is cut twice. From the second round on the list is read
+#     shuffled and with repeats, so that about 35 % of T_r are lost. Here: each image of T_r has exactly n_p patches.
+#  9. Optimizer of DeepLab. Authors: it lists most body weights three times and head weights once, and a weight that is
+#     listed three times moves three times per step. Here: each once. To move them about as far as the authors' code,
+#     give --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
+# 10. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a learning rate of 1e-12, with which
+#     no weight moves. They are the scores of its start, whose making is unknown, under new batch-norm statistics.
+# 11. Learning rate. Authors: constant for VGG, poly decay in each round for DeepLab. Here: a --ramp, then poly decay
+#     over all --iterations, or in each round with --iterations 0. Constant: --power 0 --ramp 0.
+# 12. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
 #     which has the same gradient, and 1/n as many steps. Means are over the valid pixels of the whole batch.
+# 13. Batch norm. Authors: affine part frozen, while statistics move with every image of either domain. Here: a policy
+#     of --batch-norm, none of which is that. Statistics for labelling and evaluation come from up to 400 views of the
+#     kind on which the network is trained, drawn from all target images.
 # 14. Augmentation. Authors: none. Here: flip and colour jitter, of source images also crop and scale, as in all files.
 #     --no-augment leaves the patches as they are.
-# 15. Rounds. Authors: seven at the last commit; in notebooks until the entropy of *validation* images says stop. Up to
-#     500 steps of the last round are never saved. Here: a fixed number, all steps saved. With --iterations 0, --view
-#     both has (1 + n_p) / n_p times the steps.
+# 15. Rounds. Authors: seven at the last commit, in notebooks until the entropy of *validation* images says stop. Up to
+#     500 steps of the last round are never saved. Here: a fixed number, all steps saved. On the toy --iterations is
+#     divided evenly among them. With --iterations 0, --view both has (1 + n_p) / n_p times the steps.
 # 16. Source-only start. Authors: files whose making is partly known. Here: trained by source_only.py or in this file,
 #     FCN8s too, by --optimizer. The authors' Adam begins with the adaptation.
