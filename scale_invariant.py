@@ -29,8 +29,9 @@ of a trusted image becomes a label only if it is surer, relative to its class an
 average. As more images are selected, the threshold follows. This is our reading [U], since the code gives no reason.
 
 The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. On the toy it
-hardly holds: the network is about as certain of an enlarged window as of the whole image, and yet it is wrong. Entropy
-cannot show that, but the cross-entropy between the two predictions can. Both are measured: see "meters (ours)".
+hardly holds: in world 0 the source-only model's entropy is 0.13 nats higher on enlarged windows, of at most 2.77, while
+the cross-entropy between its two predictions there is 1.56. It is nearly as certain, and wrong. Entropy cannot show
+that. After training the two are 0.09 and 0.64. Both are measured: see "meters (ours)".
 
 Notation
 --------
