@@ -1127,6 +1127,8 @@ class Run:
 
     def check_resume(self, settings):
         """The log's lines. InputError where --resume finds no run, or one with other arguments; some may change."""
+        if not (self.folder / "args.json").exists():
+            raise InputError(f"{self.folder}: nothing to resume; expected the args.json of an earlier run there")
         before = read_json(self.folder / "args.json")
         if not isinstance(before, dict) or before.get("method") != self.method:
             raise InputError(f"{self.folder / 'args.json'}: not the settings of a run of {self.method}")

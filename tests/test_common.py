@@ -1,6 +1,7 @@
 """common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
 
 import argparse
+import colorsys
 import json
 import math
 import os
@@ -60,12 +61,6 @@ def test_synthia_labels_are_read_from_16_bits(tmp_path, filters):
     assert np.array_equal(common.read_synthia_label(tmp_path / "label.png"), pixels[:, :, 0])
     assert common.read_synthia_label(tmp_path / "label.png").dtype == np.uint8
     assert np.array(Image.open(tmp_path / "label.png"))[:, :, 0].max() == 0  # what Pillow alone makes of it
-
-
-def test_synthia_reader_refuses_8_bit_files(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "label.png")
-    with pytest.raises(InputError, match="label.png.*16-bit"):
-        common.read_synthia_label(tmp_path / "label.png")
 
 
 def test_synthia(tmp_path):
@@ -239,6 +234,7 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
     assert "bomb.png" in message(lambda: common.read_image(tmp_path / "bomb.png"))
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
     assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
+    assert "16-bit" in message(lambda: common.read_synthia_label(tmp_path / "colour.png"))
     Image.fromarray(np.full((4, 4), 1792, np.uint16)).save(tmp_path / "deep.png")  # its low byte is 0: road
     assert "deep.png" in message(lambda: common.read_label(tmp_path / "deep.png"))
     Image.new("L", (4, 4), 7).save(tmp_path / "blurred.png", "JPEG")
@@ -330,6 +326,10 @@ def test_colours_vary_on_the_device_picture_by_picture(monkeypatch):
     grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
     tones = torch.cat([common.colour_jitter(grey, 6, i, strength=0.3) for i in range(60)])[:, 0, 0, 0].float() / 100
     assert 0.69 <= tones.min() < 0.8 and 1.2 < tones.max() <= 1.31  # brightness by as much; grey has no other colour
+    red = torch.tensor([150, 100, 100], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    seen_red = [common.colour_jitter(red, 7, i)[0, :, 0, 0].tolist() for i in range(40)]
+    turns = [(colorsys.rgb_to_hsv(*view)[0] + 0.5) % 1 - 0.5 for view in seen_red]
+    assert 0.03 < max(map(abs, turns)) < 0.065  # of the hue's circle, 0.3 / 6 and rounding
     monkeypatch.setattr(common, "rank", lambda: 1)  # the second of two processes: pictures 2 and 3 of the batch
     assert torch.equal(common.colour_jitter(images[:2], 5, 1), seen[2:])
 
@@ -376,6 +376,11 @@ def test_labels_without_a_class_stop_a_run_before_it_starts(tmp_path):
     write_cityscapes(tmp_path)
     args = settings(source="gta5", data_root=tmp_path, out=str(tmp_path / "run"))
     assert common.check_data(args)
+    labels = (tmp_path / "cityscapes/gtFine/val").rename(tmp_path / "away")
+    assert not common.check_data(args)
+    with pytest.raises(InputError, match="--val-every: the target has no validation labels"):
+        common.check_data(settings(**{**vars(args), "val_every": 1}))
+    labels.rename(tmp_path / "cityscapes/gtFine/val")
     for path in (tmp_path / "GTA5/labels").iterdir():
         write_palette(path, blocks([58, 76, 107], (48, 80), np.random.default_rng(1)))  # grey tones
     with pytest.raises(InputError, match="00001.png: neither here nor in seven others does a pixel belong to a class"):
@@ -407,10 +412,28 @@ def test_the_share_of_waiting_is_told(tmp_path, monkeypatch):
     assert common.waited > before
 
 
-def test_an_epoch_sees_every_picture_once():
-    batches = common.Batches(ToyStreets("source", "train", (16, 32), images=20), 4, 7)
-    names = [name for step in range(10) for name in batches[step]["name"]]
-    assert len(set(names[:20])) == 20 and len(set(names[20:])) == 20 and names[:20] != names[20:]
+class Draws(torch.utils.data.Dataset):
+    """Three pictures that are nothing but their number and a random one."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(())])
+
+
+def test_an_epoch_sees_every_picture_once_and_no_view_comes_again(monkeypatch):
+    whole = torch.stack([common.Batches(Draws(), 2, 7)[step] for step in range(6)])  # (6, 2, 2)
+    order, draws = whole.flatten(0, 1).T.tolist()
+    assert len(set(draws)) == 12
+    epochs = [order[i:i + 3] for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    for rank in (0, 1):  # of two processes each has its half
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        assert torch.equal(common.Batches(Draws(), 2, 7)[4], whole[4, rank:rank + 1])
+    with pytest.raises(InputError, match="--batch-size 3"):
+        common.Batches([], 3, 0)
 
 
 # ---------------------------------------------------- the network ----------------------------------------------------
@@ -464,19 +487,6 @@ def test_dilation_keeps_the_function(backbone):
             ours = dilated.backbone[:depth](x)
             assert ours.shape[2:] == (13, 17)
             assert (ours[..., ::step, ::step] - expected).norm() < 1e-5 * expected.norm() and expected.std() > 0.01
-
-
-def test_dilation_is_torchvisions_for_bottlenecks():
-    import torchvision
-
-    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
-    ours = DeepLabV2(2, "resnet50").backbone
-    for depth, stage in ((6, theirs.layer3), (7, theirs.layer4)):
-        geometry = [
-            [(m.kernel_size, m.stride, m.dilation, m.padding) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-            for net in (ours[depth], stage)
-        ]
-        assert geometry[0] == geometry[1]
 
 
 def cell_centres(backbone, axis):
@@ -562,17 +572,6 @@ def test_prediction_paints_what_was_seen_at_every_scale(monkeypatch):
     assert sizes == [(16, 32), (32, 64), (64, 128)]
 
 
-def test_perfect_cell_labels_score_high():
-    """What registration is worth: the truth, read at the cells and painted again."""
-    metric = MeanIoU(16)
-    data = ToyStreets("source", "val", (80, 160))
-    for i in range(40):
-        label = data[i]["label"][None]
-        cells = F.one_hot(common.grid_labels(label, (11, 21)), 16).permute(0, 3, 1, 2).float()
-        metric.update(common.upsample(cells, (80, 160)).argmax(1), label)
-    assert metric.confusion.diagonal().sum() / metric.confusion.sum() > 0.85
-
-
 def test_grid_labels_keep_255_and_the_empty_batch():
     label = torch.full((2, 32, 64), 255)
     assert torch.equal(common.grid_labels(label, (5, 9)), torch.full((2, 5, 9), 255))
@@ -607,10 +606,12 @@ def test_backbone_weights_from_a_file(tmp_path):
             weight = model.backbone[0].weight if index == 0 else model.backbone[6][0].conv1.weight
             torch.testing.assert_close(weight, contents.get(key, state[key]).float())
     torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    torch.save({**state, "layer1.9.conv1.weight": torch.zeros(1)}, tmp_path / "more.pth")
     (tmp_path / "folder.pth").mkdir()
     for name, backbone, words in (("half", "resnet50", "does not fit torchvision's resnet50: .* weights differ"),
                                   ("stem", "resnet18", "layer4.0.conv1.weight, expected .*, found none"),
                                   ("numbers", "resnet18", "found none"),
+                                  ("more", "resnet18", "layer1.9.conv1.weight, expected none"),
                                   ("nothing", "resnet18", "no such file"), ("folder", "resnet18", "no such file")):
         with pytest.raises(InputError, match=f"{name}.pth.*{words}") as caught:
             DeepLabV2(4, backbone, str(tmp_path / f"{name}.pth"))
@@ -716,21 +717,12 @@ def test_batch_norm_policies():
 
 
 def test_pretrained_batch_norm_starts_frozen_and_random_weights_live(tmp_path):
-    torch.save(DeepLabV2(16, "resnet18").backbone[0].state_dict(), tmp_path / "conv.pt")
     build = lambda **changes: common.live_batch_norms(common.build_model(settings(**changes)))
     assert build(batch_norm="frozen") and build(batch_norm="target")
     import torchvision
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
     assert not build(batch_norm="frozen", backbone_weights=str(tmp_path / "w.pth"))
     assert build(batch_norm="target", backbone_weights=str(tmp_path / "w.pth"))
-
-
-def test_upsample_aligns_corners():
-    x = torch.arange(6.0).view(1, 1, 2, 3)
-    up = common.upsample(x, (9, 17))
-    expected = torch.linspace(0, 3, 9)[:, None] + torch.linspace(0, 2, 17)  # a plane stays a plane up to its edges
-    torch.testing.assert_close(up[0, 0], expected)
-    assert common.upsample(x, (2, 3)) is x
 
 
 # ----------------------------------------------------- the metric -----------------------------------------------------
@@ -783,44 +775,18 @@ def with_ious(row):
     return metric
 
 
-@pytest.mark.parametrize("row, sixteen, thirteen", [
-    ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
-    ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
-    ("53.6 23.7 75.0 12.5 0.3 36.4 23.5 26.3 84.8 74.7 67.2 17.5 84.5 28.4 15.2 55.8", 42.46, 48.48),
-    ("83.6 39.6 79.3 3.6 0.9 25.3 14.1 26.1 79.4 76.5 51.0 18.1 75.7 22.5 12.0 32.1", 39.99, 46.92),
-    ("82.9 43.1 78.1 9.3 0.6 28.2 9.1 14.4 77.0 83.5 58.1 25.9 71.9 38.0 29.4 31.2", 42.54, 49.43)])
-def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
-    """A confusion matrix with published IoUs (MLSL, CRST, CBST, LSE with two networks) must give their means."""
-    metric = with_ious(row)
-    result = common.scores(metric, SYNTHIA_16)
-    rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
-    assert result["rare"] == pytest.approx(sum(rare) / 8)
-    assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
-
-
-@pytest.mark.parametrize("row, nineteen", [
-    ("86.0 26.0 76.7 33.1 13.2 21.8 30.1 16.5 78.8 25.8 74.7 50.6 18.7 81.8 22.5 30.5 12.3 16.9 25.4", 39.02),
-    ("90.2 40.0 83.5 31.9 26.4 32.6 38.7 37.5 81.0 34.2 84.6 61.6 33.4 82.5 32.8 45.9 6.7 29.1 30.6", 47.54)])
-def test_mean_over_19_is_that_of_a_published_table(row, nineteen):
-    metric = with_ious(row)
-    result = common.scores(metric, CLASSES)
-    assert result["miou"] == pytest.approx(nineteen, abs=0.01) and "miou13" not in result
-    zero = [
-        CLASSES.index(name) for name in ("terrain", "truck", "train")
-    ]  # a network that knows 16 classes, scored over 19
-    metric.iou = lambda: torch.tensor([0.0 if i in zero else 0.4256 for i in range(19)], dtype=torch.float64)
-    assert metric.mean() * 19 / 16 == pytest.approx(0.4256)
-
-
-@pytest.mark.parametrize("row, tail, nineteen", [
-    ("91.7 52.9 83.6 43.0 32.3 43.7 51.3 42.8 85.4 37.6 81.1 69.5 30.0 88.1 44.1 59.9 24.9 47.2 48.4", 42.40, 55.7),
-    ("93.0 60.6 85.5 46.7 34.6 48.1 57.6 52.8 88.1 48.2 80.7 71.9 32.3 89.1 46.5 65.3 23.7 49.7 54.2", 46.35, 59.4),
-    ("92.8 57.7 85.4 45.7 36.7 48.9 59.5 54.5 88.7 48.5 84.9 73.2 36.8 89.2 49.9 67.8 29.2 49.9 55.6", 48.54, 60.8)])
-def test_long_tail_of_19_classes_is_that_of_the_logs(row, tail, nineteen):
-    """CPSL's three stages on GTA5, from the authors' logs: the mean over the ten classes that Figure 1 marks."""
-    metric = with_ious(row)
-    result = common.scores(metric, CLASSES)
-    assert result["rare"] == pytest.approx(tail, abs=0.05) and result["miou"] == pytest.approx(nineteen, abs=0.06)
+def test_means_are_those_of_published_tables():
+    """Published IoUs must give their published means: over 16 and 13 (MLSL, CRST), 19, and the long tail (CPSL)."""
+    for row, sixteen, thirteen in (
+            ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
+            ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07)):
+        result = common.scores(with_ious(row), SYNTHIA_16)
+        assert [result["miou"], result["miou13"]] == pytest.approx([sixteen, thirteen], abs=0.01)
+        assert result["rare"] == pytest.approx(sum(float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)) / 8)
+    result = common.scores(with_ious("91.7 52.9 83.6 43.0 32.3 43.7 51.3 42.8 85.4 37.6 81.1 69.5 30.0 88.1 44.1 59.9 "
+                                     "24.9 47.2 48.4"), CLASSES)
+    assert [result["miou"], result["rare"]] == pytest.approx([55.7, 42.4], abs=0.06)
+    assert "miou13" not in result
 
 
 def test_absent_classes_do_not_dilute_the_mean():
@@ -829,13 +795,8 @@ def test_absent_classes_do_not_dilute_the_mean():
     result = common.scores(metric, SYNTHIA_16)
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
     assert result["rare"] is None  # no class of the long tail occurs in the labels
-    assert (
-        result["share"]["road"] == (50, 50)
-        and result["share"]["sidewalk"] == (25, 50)
-        and result["share"]["wall"] == (25, 0)
-    )
+    assert [result["share"][name] for name in ("road", "sidewalk", "wall")] == [(50, 50), (25, 50), (25, 0)]
     assert result["histogram_distance"] == pytest.approx(25)
-    assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
 class Constant(torch.nn.Module):
@@ -1037,12 +998,6 @@ def test_every_process_takes_a_gpu_and_several_may_share_one(monkeypatch, device
     assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
-def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch):
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="--batch-size 3"):
-        common.Batches([], 3, 0)
-
-
 def test_looking_at_data(tmp_path):
     out = run(tmp_path, "common.py", "--toy-images", 8, "--picture", "look/toy.png")
     assert "source train: 8 images, 100.0 % of the pixels labelled" in out and (tmp_path / "look/toy.png").exists()
@@ -1146,10 +1101,3 @@ def test_dropout_resumes_where_it_stopped(tmp_path):
     for file, parts in (("foreign.pt", {}), ("state.pt", {"head": model})):
         with pytest.raises(InputError, match=file):
             run.load(file, model, **parts)
-
-
-def test_augmentation_without_scaling_keeps_every_pixel():
-    label = torch.arange(32 * 64).view(32, 64).remainder(250).byte()
-    augment = common.training_augment(settings())
-    seen = {tuple(augment(label[None].expand(3, -1, -1), label)[1].flatten().tolist()) for _ in range(20)}
-    assert seen == {tuple(label.flatten().tolist()), tuple(label.flip(1).flatten().tolist())}
