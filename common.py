@@ -219,8 +219,7 @@ def writing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); an earlier file of this name is intact") from error
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1096,7 +1095,7 @@ class Run:
     `scorable` tells whether the target has validation labels.
     """
 
-    current = None  # the run of this process, for the messages of `run`
+    current = None  # the run of this process; `run` tells what is left of it
 
     def __init__(self, method, args):
         self.method, self.args = method, args
@@ -1161,7 +1160,7 @@ class Run:
         values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
         if not all(math.isfinite(value) for value in values.values()):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise InputError(f"{stage} step {step}: not finite ({terms}); {self.last_checkpoint()}")
+            raise InputError(f"{stage} step {step}: not finite ({terms})")
         if logged:
             share = (waited - self.waited) / max(time.time() - self.line_at, 1e-9)
             if share > 0.03:
@@ -1171,9 +1170,9 @@ class Run:
             self.log(stage, f"{step}/{steps}", time_left(seconds, step - self.stage_step, steps - step), **values)
 
     def last_checkpoint(self):
-        """What is left after a run has failed, for its message."""
+        """What is left after a run has failed, for the end of its message."""
         files = sorted(self.folder.glob("[!.]*.pt"), key=lambda path: path.stat().st_mtime)
-        return f"the last checkpoint, {files[-1]}, is intact" if files else "there is no checkpoint yet"
+        return f"; the last checkpoint, {files[-1]}, is intact" if files else ""
 
     def log(self, stage, step="", left="", **values):
         """One line on the screen, with the text `left` at its end, and one object in log.jsonl."""
@@ -1210,7 +1209,7 @@ class Run:
         """
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
-            raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
+            raise InputError(f"{file}: weights are not finite")
         task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone", "iterations")}
         task |= {"size": list(args.size), "classes": list(task_classes(args.source)), "network": type(model).__name__}
         if rank() == 0:
@@ -1275,7 +1274,7 @@ def check_data(args):
             raise InputError(f"{source.labels[0]}: neither here nor in seven others does a pixel belong to a class; "
                              f"look at the ids with python common.py --source {args.source} --data-root DIR")
         for split in ("train", "val")[:1 + labelled]:
-            target_dataset(args, split)[0]
+            list(some(target_dataset(args, split), 8))
     return labelled
 
 
@@ -1401,25 +1400,25 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file's name
     try:
         main()
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except InputError as error:
-        # An error raised in a loader process arrives with that process's traceback in front of it.
-        sys.exit("error: " + one_line(error).removeprefix("common.InputError: "))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or else Python tries once more at its end
+        sys.exit("stopped; nobody reads the output any more")
     except KeyboardInterrupt:
         sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
-    except (OSError, MemoryError, RuntimeError) as error:
-        if (remedy := remedy_for(error)) is None:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if (told := in_one_line(error)) is None:
             raise
-        sys.exit(f"error: {remedy}" + (f"; {Run.current.last_checkpoint()}" if Run.current else ""))
+        sys.exit(f"error: {told}{Run.current.last_checkpoint() if Run.current else ''}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def remedy_for(error):
-    """One line on an error that a user can do something about, None for what is a mistake of ours."""
+def in_one_line(error):
+    """What a user can do about an error, None for what is a mistake of ours."""
     text = str(error)
+    if isinstance(error, InputError):  # from a loader process it comes with that process's traceback in front
+        return one_line(error).removeprefix("common.InputError: ")
     if isinstance(error, OSError):  # of files: a full disk, no permission, too many open
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
