@@ -1172,7 +1172,7 @@ class Run:
     def last_checkpoint(self):
         """What is left after a run has failed, for the end of its message."""
         files = sorted(self.folder.glob("[!.]*.pt"), key=lambda path: path.stat().st_mtime)
-        return f"; the last checkpoint, {files[-1]}, is intact" if files else ""
+        return f"; the last checkpoint is {files[-1]}" if files else ""
 
     def log(self, stage, step="", left="", **values):
         """One line on the screen, with the text `left` at its end, and one object in log.jsonl."""

@@ -667,10 +667,10 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
     assert told(OSError(24, "Too many open files")).startswith("error: a file: Too many open files")
     run.save("last.pt", 0, torch.nn.Linear(2, 2))
     died = told(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."))
-    assert "--workers 0" in died and f"{run.folder / 'last.pt'}, is intact" in died and "/dev/shm" in died
+    assert "--workers 0" in died and f"the last checkpoint is {run.folder / 'last.pt'}" in died and "/dev/shm" in died
     torn = told(InputError("Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
                            "last):\n  ...\ncommon.InputError: x.png: torn\n"))
-    assert torn == f"error: x.png: torn; the last checkpoint, {run.folder / 'last.pt'}, is intact"
+    assert torn == f"error: x.png: torn; the last checkpoint is {run.folder / 'last.pt'}"
     from torch._inductor.exc import InvalidCxxCompiler
     assert "--no-compile" in told(InvalidCxxCompiler())
     with pytest.raises(RuntimeError, match="ours"):
