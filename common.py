@@ -27,13 +27,11 @@ import functools
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +129,18 @@ def open_image(path, what="image"):
 
 def read_image(path):
     """PIL image, RGB (an alpha channel is dropped)."""
-    return open_image(path).convert("RGB")
+    image = open_image(path)
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut off at 255 what is brighter
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_label(path):
     """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
     image = open_image(path, "label")
-    if image.mode not in ("L", "P"):
-        raise InputError(f"{path}: expected a label with one channel of 8-bit class ids, found mode {image.mode}")
+    if image.format != "PNG" or image.mode not in ("L", "P"):  # a JPEG would blur ids
+        raise InputError(f"{path}: expected a PNG with one channel of 8-bit class ids, found {image.format} of mode "
+                         f"{image.mode}")
     return np.array(image)
 
 
@@ -171,11 +173,14 @@ def find_folder(root, relative):
 
 
 def list_images(folder, pattern="*"):
-    """Sorted paths of the PNGs and JPEGs below `folder`; hidden files do not count. None is an InputError."""
-    paths = sorted(path for path in folder.glob(f"{pattern}.*")
-                   if path.suffix.lower() in PICTURES and not path.name.startswith("."))
+    """Sorted paths of the PNGs and JPEGs below `folder`; what is hidden does not count. None is an InputError."""
+    paths = sorted(path for path in folder.glob(f"{pattern}.*") if path.suffix.lower() in PICTURES
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise InputError(f"{folder}: no image found; expected files like {pattern}.png")
+    if broken := [path for path in paths if not path.is_file()]:
+        raise InputError(f"{broken[0]}: a link to nothing, or a folder, where an image should be ({len(broken)} of "
+                         f"{len(paths)} are)")
     return paths
 
 
@@ -214,8 +219,7 @@ def writing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); an earlier file of this name is intact") from error
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -379,10 +383,8 @@ def apply_augment(transform, image, label):
     """The transform on an image and, if there is one, its label."""
     from torchvision import tv_tensors
 
-    if label is None:
-        return transform(tv_tensors.Image(image)).as_subclass(torch.Tensor), None
-    image, label = transform(tv_tensors.Image(image), tv_tensors.Mask(label))
-    return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+    image, label = transform(tv_tensors.Image(image), None if label is None else tv_tensors.Mask(label))
+    return image.as_subclass(torch.Tensor), None if label is None else label.as_subclass(torch.Tensor)
 
 
 def mix_seed(*numbers):
@@ -576,13 +578,10 @@ def torchvision_network(backbone, weights, unused=()):
         choice = torchvision.models.get_model_weights(build).IMAGENET1K_V1
         try:
             return build(weights=choice)
-        except urllib.error.URLError as error:
-            raise InputError(f"--backbone-weights imagenet: cannot be downloaded ({error}); give a file or none") \
-                from error
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # without a network, or with half a file, it can fail in any way
             file = Path(torch.hub.get_dir(), "checkpoints", Path(choice.url).name)
-            raise InputError(f"{file}: torchvision's download cannot be used ({one_line(error)}); delete this file if "
-                             "it is there and start again, or give --backbone-weights a file or none") from error
+            raise InputError(f"--backbone-weights imagenet: no usable download ({one_line(error)}); delete {file} if "
+                             "it is there and start again, or give a file or none") from error
     # From random weights a ResNet learns much faster if every residual block starts as the identity.
     net = build(**({"zero_init_residual": True} if backbone != "vgg16" and weights == "none" else {}))
     if weights != "none":
@@ -800,12 +799,9 @@ def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
 
 def scorable(args):
     """Whether the target has labels to score with. Real data may have none: then a network is trained all the same."""
-    if args.source == "toy":
-        return True
-    try:
-        return find_folder(args.data_root, "cityscapes/gtFine/val").is_dir()
-    except InputError:
-        return False
+    with contextlib.suppress(InputError):
+        return args.source == "toy" or find_folder(args.data_root, "cityscapes/gtFine/val").is_dir()
+    return False
 
 
 def evaluate_target(model, args, split="val", **options):
@@ -842,8 +838,7 @@ def scores(metric, classes):
     stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
     over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
     predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what
-    a classifier that balances its classes keeps low. (On the toy `evaluate` adds `rare_looks`: the mean over classes
-    of the recall on pixels whose look is rare in the source.)
+    a classifier that balances its classes keeps low.
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -977,7 +972,8 @@ def add_data_flags(parser):
     add = parser.add_argument
     add("--source", choices=("toy", "gta5", "synthia"), default="toy",
         help="labelled source; the toy world needs nothing, the others adapt to Cityscapes")
-    add("--data-root", metavar="DIR", help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
+    add("--data-root", type=os.path.expanduser, metavar="DIR",
+        help="holds GTA5/ or RAND_CITYSCAPES/, and cityscapes/, as their archives unpack")
     add("--toy-world", type=natural, default=0, metavar="N", help="which world of the toy generator")
     add("--toy-images", type=count, default=400, metavar="N", help="training images per domain of the toy world")
 
@@ -1003,11 +999,12 @@ def shared_parser(doc, adapts=False):
     add_data_flags(parser)
     add("--preset", choices=("small",),
         help="small: for gta5 and synthia, an evening on one small GPU (computed, not measured); None: full size")
-    add("--out", metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
+    add("--out", type=os.path.expanduser, metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
     add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101", small="resnet50"),
         help="network under the DeepLabV2 head")
-    add("--backbone-weights", metavar="FILE|imagenet|none", default=by_source("none", "imagenet"),
+    add("--backbone-weights", type=os.path.expanduser, metavar="FILE|imagenet|none",
+        default=by_source("none", "imagenet"),
         help="its start: a torchvision state dict, torchvision's download, or random")
     add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024), small=(256, 512)),
         help="working size of target images, and of evaluation")
@@ -1034,7 +1031,8 @@ def shared_parser(doc, adapts=False):
     add("--log-every", type=count, metavar="N", default=by_source(20, 100), help="steps between two lines of the log")
     add("--save-every", type=count, metavar="N", default=by_source(100, 1000), help="steps between two checkpoints")
     if adapts:
-        add("--init", metavar="CKPT", help="start from this source_only.py checkpoint instead of training one")
+        add("--init", type=os.path.expanduser, metavar="CKPT",
+            help="start from this source_only.py checkpoint instead of training one")
         add("--warmup-iterations", type=count, metavar="T", default=by_source(600, 60000, small=10000),
             help="steps of source-only training")
         add("--warmup-lr", type=positive, metavar="X", default=by_source(1e-3, 2.5e-4, small=1e-4),
@@ -1073,16 +1071,6 @@ def parse(parser, argv=None):
     return args
 
 
-def as_typed(key, value):
-    """A setting as it is typed: --size 80x160, --no-focal, --lr 0.001."""
-    flag = key.replace("_", "-")
-    if value is None or isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}" if value is False else f"no --{flag}"
-    if isinstance(value, (list, tuple)):
-        value = ("x" if all(isinstance(v, int) for v in value) else " ").join(map(str, value))
-    return f"--{flag} {value}"
-
-
 def ramp(step, args):
     """Share of the adaptation's learning rate at step 1, 2, ...: rises to 1 over --ramp steps.
 
@@ -1107,7 +1095,7 @@ class Run:
     `scorable` tells whether the target has validation labels.
     """
 
-    current = None  # the run of this process, for the messages of `run`
+    current = None  # the run of this process; `run` tells what is left of it
 
     def __init__(self, method, args):
         self.method, self.args = method, args
@@ -1120,7 +1108,7 @@ class Run:
         torch.manual_seed(args.seed)
         settings = json.loads(json.dumps({"method": method, **vars(args)}))
         lines = self.check_resume(settings) if args.resume else []
-        if not args.resume and self.folder.is_dir() and any(self.folder.glob("*.pt")):
+        if not args.resume and self.folder.is_dir() and any(self.folder.glob("[!.]*.pt")):
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if rank() == 0:
             with writing(self.folder / "log.jsonl") as temporary:  # again, because the file may end in half a line
@@ -1131,7 +1119,7 @@ class Run:
                 print("the target has no validation labels (cityscapes/gtFine/val): this run trains and saves, but "
                       "nothing can be scored", flush=True)
         if lines:
-            self.seconds_before = lines[-1]["seconds"]
+            self.seconds_before = lines[-1].get("seconds", 0.0)
         Run.current = self
         if world_size() > 1:
             dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
@@ -1144,9 +1132,8 @@ class Run:
         if not isinstance(before, dict) or before.get("method") != self.method:
             raise InputError(f"{self.folder / 'args.json'}: not the settings of a run of {self.method}")
         free = ("resume", "out", "device", "workers", "compile", "log_every", "save_every", "val_every", "data_root")
-        changed = [as_typed(key, before.get(key)) for key in settings
-                   if key not in free and settings[key] != before.get(key)]
-        if changed:
+        if changed := [f"{key} {before.get(key)}" for key, value in settings.items()
+                       if key not in free and value != before.get(key)]:
             raise InputError(f"{self.folder}: the run to resume had {', '.join(changed)}; give the same arguments")
         return self.logged()
 
@@ -1173,7 +1160,7 @@ class Run:
         values = {name: float(value.detach() if torch.is_tensor(value) else value) for name, value in values.items()}
         if not all(math.isfinite(value) for value in values.values()):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise InputError(f"{stage} step {step}: not finite ({terms}); {self.last_checkpoint()}")
+            raise InputError(f"{stage} step {step}: not finite ({terms})")
         if logged:
             share = (waited - self.waited) / max(time.time() - self.line_at, 1e-9)
             if share > 0.03:
@@ -1183,35 +1170,25 @@ class Run:
             self.log(stage, f"{step}/{steps}", time_left(seconds, step - self.stage_step, steps - step), **values)
 
     def last_checkpoint(self):
-        """What is left after a run has failed, for its message."""
-        files = sorted(self.folder.glob("*.pt"), key=lambda path: path.stat().st_mtime)
-        return f"the last checkpoint, {files[-1]}, is intact" if files else "there is no checkpoint yet"
+        """What is left after a run has failed, for the end of its message."""
+        files = sorted(self.folder.glob("[!.]*.pt"), key=lambda path: path.stat().st_mtime)
+        return f"; the last checkpoint is {files[-1]}" if files else ""
 
     def log(self, stage, step="", left="", **values):
         """One line on the screen, with the text `left` at its end, and one object in log.jsonl."""
         if rank() == 0:
             entry = {"stage": stage, "step": step, **values, "seconds": round(self.seconds(), 1)}
-            try:
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(as_json(entry) + "\n")
-            except OSError as error:
-                reason = f"cannot be written ({error}); {self.last_checkpoint()}"
-                raise InputError(f"{self.folder / 'log.jsonl'}: {reason}") from error
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(as_json(entry) + "\n")
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             print(f"{stage:14} {step:>9}  {text}  [{self.seconds():.0f} s{left}]", flush=True)
 
     def logged(self):
-        """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave at the end."""
+        """The lines of log.jsonl so far, as dicts, without the half line that a killed run may leave."""
         path, lines = self.folder / "log.jsonl", []
-        texts = path.read_text(errors="replace").splitlines() if path.exists() else []
-        for number, text in enumerate(texts, 1):
-            try:
-                lines.append(json.loads(text))
-                lines[-1]["seconds"]
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(texts):
-                    raise InputError(f"{path}: line {number} is damaged; take it out to go on") from error
-                return lines[:number - 1]
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError):
+                lines.append(dict(json.loads(text)))
         return lines
 
     def validate(self, stage, step, steps, model, views):
@@ -1232,7 +1209,7 @@ class Run:
         """
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
-            raise InputError(f"{file}: weights are not finite; {self.last_checkpoint()}")
+            raise InputError(f"{file}: weights are not finite")
         task = {key: getattr(args, key) for key in ("source", "toy_world", "toy_images", "backbone", "iterations")}
         task |= {"size": list(args.size), "classes": list(task_classes(args.source)), "network": type(model).__name__}
         if rank() == 0:
@@ -1297,7 +1274,7 @@ def check_data(args):
             raise InputError(f"{source.labels[0]}: neither here nor in seven others does a pixel belong to a class; "
                              f"look at the ids with python common.py --source {args.source} --data-root DIR")
         for split in ("train", "val")[:1 + labelled]:
-            target_dataset(args, split)[0]
+            list(some(target_dataset(args, split), 8))
     return labelled
 
 
@@ -1320,10 +1297,10 @@ def versions(device):
 
 def read_checkpoint(path):
     """Contents of a file of tensors and plain values, on the CPU. Cannot execute code; InputError if unreadable."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a checkpoint, such as last.pt in a run folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected a checkpoint") from error
     except Exception as error:  # a damaged or foreign file can fail in any way inside the unpickler
         raise InputError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
 
@@ -1334,22 +1311,21 @@ def load_weights(model, state, path, what, unused=()):
     A `module.` in front of all names, which nn.DataParallel leaves, does not count. Names that begin with one of
     `unused` are not asked for and not read.
     """
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    def shapes(weights):
+        return {name: list(value.shape) for name, value in weights.items()
+                if not name.startswith(unused) and not name.endswith("num_batches_tracked")}
+
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
         raise InputError(f"{path}: expected a dict of tensors, the weights of {what}")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    state = {**state, **{name: value for name, value in own.items() if name.startswith(unused)}} if unused else state
-    wrong = [f"no {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    wrong += [f"{name} is unknown" for name in state if name not in own and not (unused and name.startswith(unused))]
-    wrong += [f"{name} of {list(state[name].shape)} instead of {list(value.shape)}" for name, value in own.items()
-              if name in state and state[name].shape != value.shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{path}: does not fit {what} ({', '.join(wrong[:5])}{more})")
-    if not all(torch.isfinite(value).all() for value in state.values()):
+    state, own = {str(name).removeprefix("module."): value for name, value in state.items()}, model.state_dict()
+    needed, given = shapes(own), shapes(state)
+    if wrong := [name for name in needed | given if needed.get(name) != given.get(name)]:
+        raise InputError(f"{path}: does not fit {what}: {len(wrong)} weights differ, such as {wrong[0]}, expected "
+                         f"{needed.get(wrong[0], 'none')}, found {given.get(wrong[0], 'none')}")
+    if not all(torch.isfinite(state[name]).all() for name in needed):
         raise InputError(f"{path}: holds weights that are not finite")
-    model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+    model.load_state_dict({name: value if name.startswith(unused) else state.get(name, value)
+                           for name, value in own.items()})
 
 
 def unpack_model(checkpoint, path, model=None, network=DeepLabV2):
@@ -1357,24 +1333,18 @@ def unpack_model(checkpoint, path, model=None, network=DeepLabV2):
 
     network: the class to build. Those of one paper alone stand in that paper's file.
     """
-    needed = ("method", "source", "toy_world", "toy_images", "step", "iterations", "backbone", "network", "classes",
-              "size", "model")
-    if missing := [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]:
-        raise InputError(f"{path}: not a checkpoint of this project (no {', '.join(missing)} in it)")
-    network = network if model is None else type(model)
+    needed = {"method", "source", "toy_world", "toy_images", "step", "iterations", "backbone", "network", "classes",
+              "size", "model"}
+    if not isinstance(checkpoint, dict) or needed - set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of this project")
+    network, classes = network if model is None else type(model), checkpoint["classes"]
     if checkpoint["network"] != network.__name__:
         raise InputError(f"{path}: holds the network {checkpoint['network']} of {checkpoint['method']}.py, "
                          f"expected {network.__name__}")
-    try:
-        if checkpoint["source"] not in ("toy", "gta5", "synthia"):
-            raise ValueError(f"unknown source {checkpoint['source']}")
-        if checkpoint["classes"] != list(task_classes(checkpoint["source"])):
-            raise ValueError(f"other classes than those of {checkpoint['source']}")
-        model = model or network(len(checkpoint["classes"]), checkpoint["backbone"])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a checkpoint of this project ({one_line(error)})") from error
-    what = f"a {checkpoint['backbone']} of {len(checkpoint['classes'])} classes"
-    load_weights(model, checkpoint["model"], path, what)
+    if checkpoint["source"] not in ("toy", "gta5", "synthia") or classes != list(task_classes(checkpoint["source"])):
+        raise InputError(f"{path}: not a checkpoint of this project, whose classes are others")
+    model = model or network(len(classes), checkpoint["backbone"])
+    load_weights(model, checkpoint["model"], path, f"a {checkpoint['backbone']} of {len(classes)} classes")
     return model
 
 
@@ -1388,15 +1358,14 @@ def load_init(model, args, run):
     if run.load("source_only.pt", model):
         return
     saved = read_checkpoint(args.init)
-    unpack_model(saved, args.init)  # says what is wrong with a file that is not a checkpoint of ours
     wanted = {"method": "source_only", **{key: getattr(args, key) for key in ("source", "toy_world", "backbone")}}
-    if wrong := [key for key in wanted if saved[key] != wanted[key]]:
-        raise InputError(f"{args.init}: expected a checkpoint of " + ", ".join(f"{key} {wanted[key]}" for key in wrong)
-                         + "; it is one of " + ", ".join(f"{key} {saved[key]}" for key in wrong))
+    for key, value in wanted.items():
+        if isinstance(saved, dict) and saved.get(key, value) != value:
+            raise InputError(f"{args.init}: expected a checkpoint of {key} {value}; it is one of {key} {saved[key]}")
+    unpack_model(saved, args.init, model)
     if saved["step"] < saved["iterations"]:
         raise InputError(f"{args.init}: stands at step {saved['step']} of {saved['iterations']}; "
                          "let source_only.py finish (--resume)")
-    unpack_model(saved, args.init, model)
     run.save("source_only.pt", saved["step"], model)
 
 
@@ -1428,29 +1397,30 @@ def write_pseudo_labels(folder, labelled, args):
 
 def run(main):
     """Calls a script's main(); what a user can mend ends it with one line, anything else with Python's traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file's name
     try:
         main()
-    except InputError as error:
-        # An error raised in a loader process arrives with that process's traceback in front of it.
-        sys.exit("error: " + one_line(error).removeprefix("common.InputError: "))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or else Python tries once more at its end
+        sys.exit("stopped; nobody reads the output any more")
     except KeyboardInterrupt:
         sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
-    except OSError as error:
-        if error.filename is None:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if (told := in_one_line(error)) is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
-        if (remedy := remedy_for(error)) is None:
-            raise
-        sys.exit(f"error: {remedy}" + (f"; {Run.current.last_checkpoint()}" if Run.current else ""))
+        sys.exit(f"error: {told}{Run.current.last_checkpoint() if Run.current else ''}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def remedy_for(error):
-    """One line on what a user can do about an error that torch raises, None for what is a mistake of ours."""
+def in_one_line(error):
+    """What a user can do about an error, None for what is a mistake of ours."""
     text = str(error)
+    if isinstance(error, InputError):  # from a loader process it comes with that process's traceback in front
+        return one_line(error).removeprefix("common.InputError: ")
+    if isinstance(error, OSError):  # of files: a full disk, no permission, too many open
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory; use less with --precision bf16, --batch-size 1, a smaller --crop or --preset small"
     if "DataLoader worker" in text or "shared memory" in text:
@@ -1520,71 +1490,46 @@ def all_sum(tensor):
 
 
 def describe(title, dataset, classes, samples):
-    """Prints a data set's number of images, sizes, class shares, broken files, and what else looks wrong.
+    """Prints a data set's number of images, sizes, class shares, and what looks wrong. A broken file is an InputError.
 
-    Returns at most four rows (image, label) to look at, and what is wrong with each file that could not be used.
+    Returns at most four rows (image, label) to look at.
     """
-    chosen = some(dataset, samples or len(dataset)).indices
-    counts, sizes, rows, broken = np.zeros(256, np.int64), collections.Counter(), [], []
+    chosen, sizes, rows = some(dataset, samples or len(dataset)).indices, collections.Counter(), []
+    counts, lost = np.zeros(256, np.int64), np.zeros(256, np.int64)  # pixels of each class; of each id that is none
     for index in chosen:
-        try:
-            item = dataset[index]
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        sizes["x".join(map(str, item["image"].shape[1:]))] += 1
-        if "label" in item:
-            counts += np.bincount(item["label"].numpy().ravel(), minlength=256)
+        item = dataset[index]
+        image, label = item["image"], item.get("label", torch.full(item["image"].shape[1:], IGNORE)).numpy()
+        sizes["x".join(map(str, image.shape[1:]))] += 1
+        counts += np.bincount(label.ravel(), minlength=256)
+        if getattr(dataset, "labels", None) is not None:
+            ids = dataset.read_ids(dataset.labels[index])
+            lost += np.bincount(ids[dataset.table[ids] == IGNORE], minlength=256)
         if len(rows) < 4:
-            label = item.get("label", torch.full(item["image"].shape[1:], IGNORE))
-            rows.append([to_picture(item["image"]), colour_label(label, classes)])
-    labels = "no labels"
-    if counts.any():
-        labels = f"{100 * (1 - counts[IGNORE] / counts.sum()):.1f} % of the pixels labelled"
+            rows.append([to_picture(image), colour_label(label, classes)])
+    shares = 100 * counts / counts.sum()
+    labels = f"{100 - shares[IGNORE]:.1f} % of the pixels labelled" if "label" in item else "no labels"
     print(f"{title}: {len(dataset)} images, {labels}; {len(chosen)} read, sizes "
           + ", ".join(f"{size} ({number} images)" for size, number in sizes.items()))
-    if counts.any():
-        for name, pixels in [*zip(classes, counts), ("ignored", counts[IGNORE])]:
-            print(f"    {name:14}{100 * pixels / counts.sum():6.2f} %")
-    if broken:
-        print(f"    {len(broken)} of {len(chosen)} broken, the first: {broken[0]}")
-    for line in suspicions(dataset, chosen) if hasattr(dataset, "images") else ():
+    for name, share in [*zip(classes, shares), ("ignored", shares[IGNORE])] if "label" in item else ():
+        print(f"    {name:14}{share:6.2f} %")
+    for line in suspicions(dataset, 100 * lost / counts.sum()):
         print(f"    look: {line}")
-    return rows, broken
+    return rows
 
 
-def suspicions(dataset, chosen):
-    """Lines on what a data set of files leaves out or may have got wrong, judged by the chosen indices."""
-    used, lines = set(dataset.images), []
+def suspicions(dataset, lost):
+    """Lines on what a data set of files leaves out or may have got wrong. lost: % by id that is no class."""
+    used, lines = set(getattr(dataset, "images", ())), []
     others = [path for folder in sorted({path.parent for path in used}) for path in sorted(folder.iterdir())
               if path not in used and path.suffix.lower() in PICTURES]
     if others:
         lines.append(f"{len(others)} files that are not read, such as {others[0]}; expected names like "
                      f"{dataset.images[0].name}")
-    if dataset.labels is None:
-        return lines
-    different, ids = [], np.zeros(256, np.int64)  # ids: how many pixels have each id
-    for index in chosen:
-        with contextlib.suppress(InputError):  # broken files have been counted
-            label = dataset.read_ids(dataset.labels[index])
-            ids += np.bincount(label.ravel(), minlength=256)
-            if open_image(dataset.images[index]).size != label.shape[::-1]:
-                different.append(index)
-    if different:
-        lines.append(f"{len(different)} of {len(chosen)} labels have another size than their image, such as "
-                     f"{dataset.labels[different[0]]}; they are resized")
-    lost = np.where(dataset.table == IGNORE, ids, 0)  # (256,): pixels whose id is no class
-    found = ", ".join(f"{i} ({100 * lost[i] / ids.sum():.1f} %)" for i in np.argsort(-lost)[:5] if lost[i])
-    if found:
-        lines.append(f"ids that are no class, the most frequent first: {found}")
-    expected = "SYNTHIA ids in the first of three 16-bit channels (road is 3, car is 8)"
-    if not isinstance(dataset, Synthia):
-        expected = "Cityscapes labelIds (road is 7, car is 26)"
-        if ids[:len(CLASSES)].any() and not ids[len(CLASSES):IGNORE].any():
-            lines.append(f"no id is above {len(CLASSES) - 1}, as in trainIds, such as in {dataset.labels[chosen[0]]}; "
-                         f"expected {expected}")
-    if 2 * lost.sum() > ids.sum():
-        lines.append(f"most pixels have such an id, as in {dataset.labels[chosen[0]]}; expected {expected}")
+    if lost.any():
+        found = ", ".join(f"{i} ({lost[i]:.1f} %)" for i in np.argsort(-lost)[:5] if lost[i])
+        kind = ("SYNTHIA ids in the first of three 16-bit channels (road is 3, car is 8)"
+                if isinstance(dataset, Synthia) else "Cityscapes labelIds, not trainIds (road is 7, car is 26)")
+        lines.append(f"pixels without a class have the ids {found}; expected are {kind}")
     return lines
 
 
@@ -1596,22 +1541,19 @@ def main():
     add("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
     add("--picture", type=Path, default="preview.png", metavar="FILE.png", help="where to draw the preview")
     args = parse(parser)
-    classes = task_classes(args.source)
+    if args.picture.suffix.lower() not in PICTURES:
+        parser.error(f"--picture {args.picture}: expected a name that ends in .png")
     # Without a size each image and label is read as it stands in its file.
     args.size, args.source_size = ((80, 160), None) if args.source == "toy" else (None, None)
-    source_rows, broken = describe("source train", source_dataset(args), classes, args.samples)
-    target_rows, more = describe("target train", target_dataset(args, "train"), classes, args.samples)
-    broken += more
+    sets = {"source train": source_dataset(args), "target train": target_dataset(args, "train")}
     if scorable(args):
-        target_rows, more = describe("target val", target_dataset(args, "val"), classes, args.samples)
-        broken += more
+        sets["target val"] = target_dataset(args, "val")
     else:
         print("target val: no labels (cityscapes/gtFine/val); a network can be adapted to it, but not scored")
-    if rows := source_rows + target_rows:
-        draw_panel(args.picture, ["image", "label"], rows)
-        print(f"{len(source_rows)} source and {len(target_rows)} target scenes drawn into {args.picture}")
-    if broken:
-        raise InputError(broken[0])
+    rows = [row for title, dataset in sets.items()
+            for row in describe(title, dataset, task_classes(args.source), args.samples)]
+    draw_panel(args.picture, ["image", "label"], rows)
+    print(f"{len(rows)} scenes drawn into {args.picture}")
 
 
 # =================================================== the toy world ===================================================

@@ -48,7 +48,8 @@ def load_checkpoint(path, device):
     """Contents of a checkpoint and its network on the device: DeepLabV2, or a class in the file of its method."""
     checkpoint, network = common.read_checkpoint(path), common.DeepLabV2
     if isinstance(checkpoint, dict) and checkpoint.get("method") in METHODS:
-        network = getattr(importlib.import_module(checkpoint["method"]), str(checkpoint.get("network")), network)
+        found = getattr(importlib.import_module(checkpoint["method"]), str(checkpoint.get("network")), None)
+        network = found if isinstance(found, type) and issubclass(found, torch.nn.Module) else network
     model = common.unpack_model(checkpoint, path, network=network)
     return checkpoint, model.to(device, memory_format=torch.channels_last).eval()
 
@@ -109,7 +110,7 @@ def find_pictures(paths):
 
 def segment(model, path, task):
     """The picture of a file, upright, and its prediction: PIL RGB, class indices uint8 (H, W)."""
-    picture = ImageOps.exif_transpose(common.open_image(path)).convert("RGB")
+    picture = ImageOps.exif_transpose(common.read_image(path))
     W, H = picture.size
     size = (task.size[0], max(8, round(task.size[0] * W / H / 8) * 8))  # proportions kept, multiples of 8
     item = common.make_item(picture, None, path.stem, size, None)

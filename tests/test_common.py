@@ -1,6 +1,7 @@
 """common.py: formats on files the tests write, the toy world, batches, the network, the metric, the run folder."""
 
 import argparse
+import colorsys
 import json
 import math
 import os
@@ -60,12 +61,6 @@ def test_synthia_labels_are_read_from_16_bits(tmp_path, filters):
     assert np.array_equal(common.read_synthia_label(tmp_path / "label.png"), pixels[:, :, 0])
     assert common.read_synthia_label(tmp_path / "label.png").dtype == np.uint8
     assert np.array(Image.open(tmp_path / "label.png"))[:, :, 0].max() == 0  # what Pillow alone makes of it
-
-
-def test_synthia_reader_refuses_8_bit_files(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "label.png")
-    with pytest.raises(InputError, match="label.png.*16-bit"):
-        common.read_synthia_label(tmp_path / "label.png")
 
 
 def test_synthia(tmp_path):
@@ -151,6 +146,8 @@ def test_pictures_of_every_spelling_have_a_name_of_their_own(tmp_path):
                 Image.new("RGB", (16, 8), (int(folder), 0, 0)).save(images / f"{stem}_leftImg8bit.{suffix}")
                 Image.new("L", (16, 8), 7).save(labels / f"{stem}_gtFine_labelIds.png")
             (images / "._frame0029_leftImg8bit.png").write_bytes(b"a resource fork")
+        (images.parent / ".thumbnails").mkdir()
+        (images.parent / ".thumbnails/small_leftImg8bit.png").write_bytes(b"hidden")
     data = Cityscapes(tmp_path, "val", classes=SYNTHIA_16)
     assert data.names == ["201/frame0029", "only201", "202/frame0029", "only202"]
     assert [item["image"][0, 0, 0].item() // 2 for item in data] == [100, 100, 101, 101] and data[1]["label"].any() == 0
@@ -173,6 +170,20 @@ def test_training_pictures_are_resized_fast_and_others_bicubic():
     assert np.abs(half.permute(1, 2, 0).numpy() - expected).max() <= 1
     scored = common.make_item(image, None, "", (8, 16), None)["image"]
     assert np.array_equal(scored.permute(1, 2, 0), np.array(image.resize((16, 8), Image.Resampling.BICUBIC)))
+
+
+def test_pictures_of_every_kind_are_rgb(tmp_path):
+    """16-bit grey keeps its tones, of which Pillow would make white; alpha is dropped, a palette looked up."""
+    Image.fromarray(np.full((2, 2), 25600, np.uint16)).save(tmp_path / "deep.png")
+    indexed = Image.new("P", (2, 2))
+    indexed.putpalette([100, 100, 100] * 256)
+    indexed.save(tmp_path / "palette.png")
+    Image.new("RGBA", (2, 2), (100, 100, 100, 0)).save(tmp_path / "alpha.png")
+    Image.new("L", (1, 1), 100).save(tmp_path / "pixel.png")
+    for name in ("deep", "palette", "alpha", "pixel"):
+        image = common.read_image(tmp_path / f"{name}.png")
+        item = common.make_item(image, None, name, (8, 16), lambda image, label: (image, label))
+        assert torch.equal(item["image"], torch.full((3, 8, 16), 100, dtype=torch.uint8)), name
 
 
 def test_lower_case_folders_are_found(tmp_path):
@@ -223,8 +234,15 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path):
     assert "bomb.png" in message(lambda: common.read_image(tmp_path / "bomb.png"))
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
     assert "colour.png" in message(lambda: common.read_label(tmp_path / "colour.png"))
+    assert "16-bit" in message(lambda: common.read_synthia_label(tmp_path / "colour.png"))
     Image.fromarray(np.full((4, 4), 1792, np.uint16)).save(tmp_path / "deep.png")  # its low byte is 0: road
     assert "deep.png" in message(lambda: common.read_label(tmp_path / "deep.png"))
+    Image.new("L", (4, 4), 7).save(tmp_path / "blurred.png", "JPEG")
+    assert "found JPEG" in message(lambda: common.read_label(tmp_path / "blurred.png"))
+    for pictures in ("RAND_CITYSCAPES/RGB", "cityscapes/leftImg8bit/train/x"):
+        (tmp_path / pictures / "1_leftImg8bit.png").symlink_to(tmp_path / "gone/away.png")
+    assert "a link to nothing" in message(lambda: Synthia(tmp_path))
+    assert "a link to nothing" in message(lambda: Cityscapes(tmp_path, "train"))
     assert "larger than" in message(lambda: common.training_augment(settings(size=(64, 128), crop=(72, 128))))
     assert "scaled by 0.5" in message(lambda: common.training_augment(settings(scale_jitter=[0.5, 1.0])))
     assert "moon" in message(lambda: ToyStreets("moon"))
@@ -308,6 +326,10 @@ def test_colours_vary_on_the_device_picture_by_picture(monkeypatch):
     grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
     tones = torch.cat([common.colour_jitter(grey, 6, i, strength=0.3) for i in range(60)])[:, 0, 0, 0].float() / 100
     assert 0.69 <= tones.min() < 0.8 and 1.2 < tones.max() <= 1.31  # brightness by as much; grey has no other colour
+    red = torch.tensor([150, 100, 100], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    seen_red = [common.colour_jitter(red, 7, i)[0, :, 0, 0].tolist() for i in range(40)]
+    turns = [(colorsys.rgb_to_hsv(*view)[0] + 0.5) % 1 - 0.5 for view in seen_red]
+    assert 0.03 < max(map(abs, turns)) < 0.065  # of the hue's circle, 0.3 / 6 and rounding
     monkeypatch.setattr(common, "rank", lambda: 1)  # the second of two processes: pictures 2 and 3 of the batch
     assert torch.equal(common.colour_jitter(images[:2], 5, 1), seen[2:])
 
@@ -354,6 +376,11 @@ def test_labels_without_a_class_stop_a_run_before_it_starts(tmp_path):
     write_cityscapes(tmp_path)
     args = settings(source="gta5", data_root=tmp_path, out=str(tmp_path / "run"))
     assert common.check_data(args)
+    labels = (tmp_path / "cityscapes/gtFine/val").rename(tmp_path / "away")
+    assert not common.check_data(args)
+    with pytest.raises(InputError, match="--val-every: the target has no validation labels"):
+        common.check_data(settings(**{**vars(args), "val_every": 1}))
+    labels.rename(tmp_path / "cityscapes/gtFine/val")
     for path in (tmp_path / "GTA5/labels").iterdir():
         write_palette(path, blocks([58, 76, 107], (48, 80), np.random.default_rng(1)))  # grey tones
     with pytest.raises(InputError, match="00001.png: neither here nor in seven others does a pixel belong to a class"):
@@ -385,10 +412,28 @@ def test_the_share_of_waiting_is_told(tmp_path, monkeypatch):
     assert common.waited > before
 
 
-def test_an_epoch_sees_every_picture_once():
-    batches = common.Batches(ToyStreets("source", "train", (16, 32), images=20), 4, 7)
-    names = [name for step in range(10) for name in batches[step]["name"]]
-    assert len(set(names[:20])) == 20 and len(set(names[20:])) == 20 and names[:20] != names[20:]
+class Draws(torch.utils.data.Dataset):
+    """Three pictures that are nothing but their number and a random one."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(())])
+
+
+def test_an_epoch_sees_every_picture_once_and_no_view_comes_again(monkeypatch):
+    whole = torch.stack([common.Batches(Draws(), 2, 7)[step] for step in range(6)])  # (6, 2, 2)
+    order, draws = whole.flatten(0, 1).T.tolist()
+    assert len(set(draws)) == 12
+    epochs = [order[i:i + 3] for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    for rank in (0, 1):  # of two processes each has its half
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        assert torch.equal(common.Batches(Draws(), 2, 7)[4], whole[4, rank:rank + 1])
+    with pytest.raises(InputError, match="--batch-size 3"):
+        common.Batches([], 3, 0)
 
 
 # ---------------------------------------------------- the network ----------------------------------------------------
@@ -442,19 +487,6 @@ def test_dilation_keeps_the_function(backbone):
             ours = dilated.backbone[:depth](x)
             assert ours.shape[2:] == (13, 17)
             assert (ours[..., ::step, ::step] - expected).norm() < 1e-5 * expected.norm() and expected.std() > 0.01
-
-
-def test_dilation_is_torchvisions_for_bottlenecks():
-    import torchvision
-
-    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
-    ours = DeepLabV2(2, "resnet50").backbone
-    for depth, stage in ((6, theirs.layer3), (7, theirs.layer4)):
-        geometry = [
-            [(m.kernel_size, m.stride, m.dilation, m.padding) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-            for net in (ours[depth], stage)
-        ]
-        assert geometry[0] == geometry[1]
 
 
 def cell_centres(backbone, axis):
@@ -540,17 +572,6 @@ def test_prediction_paints_what_was_seen_at_every_scale(monkeypatch):
     assert sizes == [(16, 32), (32, 64), (64, 128)]
 
 
-def test_perfect_cell_labels_score_high():
-    """What registration is worth: the truth, read at the cells and painted again."""
-    metric = MeanIoU(16)
-    data = ToyStreets("source", "val", (80, 160))
-    for i in range(40):
-        label = data[i]["label"][None]
-        cells = F.one_hot(common.grid_labels(label, (11, 21)), 16).permute(0, 3, 1, 2).float()
-        metric.update(common.upsample(cells, (80, 160)).argmax(1), label)
-    assert metric.confusion.diagonal().sum() / metric.confusion.sum() > 0.85
-
-
 def test_grid_labels_keep_255_and_the_empty_batch():
     label = torch.full((2, 32, 64), 255)
     assert torch.equal(common.grid_labels(label, (5, 9)), torch.full((2, 5, 9), 255))
@@ -584,9 +605,14 @@ def test_backbone_weights_from_a_file(tmp_path):
         for index, key in ((0, "conv1.weight"), (6, "layer3.0.conv1.weight")):
             weight = model.backbone[0].weight if index == 0 else model.backbone[6][0].conv1.weight
             torch.testing.assert_close(weight, contents.get(key, state[key]).float())
-    for name, backbone, words in (("half", "resnet50", "does not fit torchvision's resnet50"),
-                                  ("stem", "resnet18", "no layer4.0.conv1.weight"),
-                                  ("nothing", "resnet18", "no such file")):
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    torch.save({**state, "layer1.9.conv1.weight": torch.zeros(1)}, tmp_path / "more.pth")
+    (tmp_path / "folder.pth").mkdir()
+    for name, backbone, words in (("half", "resnet50", "does not fit torchvision's resnet50: .* weights differ"),
+                                  ("stem", "resnet18", "layer4.0.conv1.weight, expected .*, found none"),
+                                  ("numbers", "resnet18", "found none"),
+                                  ("more", "resnet18", "layer1.9.conv1.weight, expected none"),
+                                  ("nothing", "resnet18", "no such file"), ("folder", "resnet18", "no such file")):
         with pytest.raises(InputError, match=f"{name}.pth.*{words}") as caught:
             DeepLabV2(4, backbone, str(tmp_path / f"{name}.pth"))
         assert len(str(caught.value)) < 600 + len(str(tmp_path)) and "\n" not in str(caught.value)
@@ -607,7 +633,7 @@ def test_a_damaged_download_is_named(tmp_path, monkeypatch):
     good = file.read_bytes()
     for damaged in (good[:len(good) // 2], good[:10], b"<html>not found</html>", b""):
         file.write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{file.name}: torchvision's download cannot be used .*delete this file"):
+        with pytest.raises(InputError, match=f"no usable download .*delete .*{file.name}"):
             DeepLabV2(4, "resnet18", "imagenet")
     file.write_bytes(good)
     DeepLabV2(4, "resnet18", "imagenet")
@@ -637,10 +663,14 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
     assert all(flag in memory for flag in ("--precision bf16", "--batch-size 1", "--crop", "--preset small"))
     assert told(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")) == memory
     run = common.Run("drsl", settings(out=str(tmp_path / "run")))
-    assert "there is no checkpoint yet" in told(MemoryError())
+    assert told(MemoryError()) == memory  # there is no checkpoint yet
+    assert told(OSError(24, "Too many open files")).startswith("error: a file: Too many open files")
     run.save("last.pt", 0, torch.nn.Linear(2, 2))
     died = told(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."))
-    assert "--workers 0" in died and f"{run.folder / 'last.pt'}, is intact" in died and "/dev/shm" in died
+    assert "--workers 0" in died and f"the last checkpoint is {run.folder / 'last.pt'}" in died and "/dev/shm" in died
+    torn = told(InputError("Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+                           "last):\n  ...\ncommon.InputError: x.png: torn\n"))
+    assert torn == f"error: x.png: torn; the last checkpoint is {run.folder / 'last.pt'}"
     from torch._inductor.exc import InvalidCxxCompiler
     assert "--no-compile" in told(InvalidCxxCompiler())
     with pytest.raises(RuntimeError, match="ours"):
@@ -690,21 +720,12 @@ def test_batch_norm_policies():
 
 
 def test_pretrained_batch_norm_starts_frozen_and_random_weights_live(tmp_path):
-    torch.save(DeepLabV2(16, "resnet18").backbone[0].state_dict(), tmp_path / "conv.pt")
     build = lambda **changes: common.live_batch_norms(common.build_model(settings(**changes)))
     assert build(batch_norm="frozen") and build(batch_norm="target")
     import torchvision
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
     assert not build(batch_norm="frozen", backbone_weights=str(tmp_path / "w.pth"))
     assert build(batch_norm="target", backbone_weights=str(tmp_path / "w.pth"))
-
-
-def test_upsample_aligns_corners():
-    x = torch.arange(6.0).view(1, 1, 2, 3)
-    up = common.upsample(x, (9, 17))
-    expected = torch.linspace(0, 3, 9)[:, None] + torch.linspace(0, 2, 17)  # a plane stays a plane up to its edges
-    torch.testing.assert_close(up[0, 0], expected)
-    assert common.upsample(x, (2, 3)) is x
 
 
 # ----------------------------------------------------- the metric -----------------------------------------------------
@@ -757,44 +778,18 @@ def with_ious(row):
     return metric
 
 
-@pytest.mark.parametrize("row, sixteen, thirteen", [
-    ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
-    ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07),
-    ("53.6 23.7 75.0 12.5 0.3 36.4 23.5 26.3 84.8 74.7 67.2 17.5 84.5 28.4 15.2 55.8", 42.46, 48.48),
-    ("83.6 39.6 79.3 3.6 0.9 25.3 14.1 26.1 79.4 76.5 51.0 18.1 75.7 22.5 12.0 32.1", 39.99, 46.92),
-    ("82.9 43.1 78.1 9.3 0.6 28.2 9.1 14.4 77.0 83.5 58.1 25.9 71.9 38.0 29.4 31.2", 42.54, 49.43)])
-def test_means_over_16_and_13_are_those_of_published_tables(row, sixteen, thirteen):
-    """A confusion matrix with published IoUs (MLSL, CRST, CBST, LSE with two networks) must give their means."""
-    metric = with_ious(row)
-    result = common.scores(metric, SYNTHIA_16)
-    rare = [float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)]
-    assert result["rare"] == pytest.approx(sum(rare) / 8)
-    assert result["miou"] == pytest.approx(sixteen, abs=0.01) and result["miou13"] == pytest.approx(thirteen, abs=0.01)
-
-
-@pytest.mark.parametrize("row, nineteen", [
-    ("86.0 26.0 76.7 33.1 13.2 21.8 30.1 16.5 78.8 25.8 74.7 50.6 18.7 81.8 22.5 30.5 12.3 16.9 25.4", 39.02),
-    ("90.2 40.0 83.5 31.9 26.4 32.6 38.7 37.5 81.0 34.2 84.6 61.6 33.4 82.5 32.8 45.9 6.7 29.1 30.6", 47.54)])
-def test_mean_over_19_is_that_of_a_published_table(row, nineteen):
-    metric = with_ious(row)
-    result = common.scores(metric, CLASSES)
-    assert result["miou"] == pytest.approx(nineteen, abs=0.01) and "miou13" not in result
-    zero = [
-        CLASSES.index(name) for name in ("terrain", "truck", "train")
-    ]  # a network that knows 16 classes, scored over 19
-    metric.iou = lambda: torch.tensor([0.0 if i in zero else 0.4256 for i in range(19)], dtype=torch.float64)
-    assert metric.mean() * 19 / 16 == pytest.approx(0.4256)
-
-
-@pytest.mark.parametrize("row, tail, nineteen", [
-    ("91.7 52.9 83.6 43.0 32.3 43.7 51.3 42.8 85.4 37.6 81.1 69.5 30.0 88.1 44.1 59.9 24.9 47.2 48.4", 42.40, 55.7),
-    ("93.0 60.6 85.5 46.7 34.6 48.1 57.6 52.8 88.1 48.2 80.7 71.9 32.3 89.1 46.5 65.3 23.7 49.7 54.2", 46.35, 59.4),
-    ("92.8 57.7 85.4 45.7 36.7 48.9 59.5 54.5 88.7 48.5 84.9 73.2 36.8 89.2 49.9 67.8 29.2 49.9 55.6", 48.54, 60.8)])
-def test_long_tail_of_19_classes_is_that_of_the_logs(row, tail, nineteen):
-    """CPSL's three stages on GTA5, from the authors' logs: the mean over the ten classes that Figure 1 marks."""
-    metric = with_ious(row)
-    result = common.scores(metric, CLASSES)
-    assert result["rare"] == pytest.approx(tail, abs=0.05) and result["miou"] == pytest.approx(nineteen, abs=0.06)
+def test_means_are_those_of_published_tables():
+    """Published IoUs must give their published means: over 16 and 13 (MLSL, CRST), 19, and the long tail (CPSL)."""
+    for row, sixteen, thirteen in (
+            ("59.2 30.2 68.5 22.9 1.0 36.2 32.7 28.3 86.2 75.4 68.6 27.7 82.7 26.3 24.3 52.7", 45.18, 50.98),
+            ("67.7 32.2 73.9 10.7 1.6 37.4 22.2 31.2 80.8 80.5 60.8 29.1 82.8 25.0 19.4 45.3", 43.79, 50.07)):
+        result = common.scores(with_ious(row), SYNTHIA_16)
+        assert [result["miou"], result["miou13"]] == pytest.approx([sixteen, thirteen], abs=0.01)
+        assert result["rare"] == pytest.approx(sum(float(row.split()[i]) for i in (3, 4, 6, 7, 11, 13, 14, 15)) / 8)
+    result = common.scores(with_ious("91.7 52.9 83.6 43.0 32.3 43.7 51.3 42.8 85.4 37.6 81.1 69.5 30.0 88.1 44.1 59.9 "
+                                     "24.9 47.2 48.4"), CLASSES)
+    assert [result["miou"], result["rare"]] == pytest.approx([55.7, 42.4], abs=0.06)
+    assert "miou13" not in result
 
 
 def test_absent_classes_do_not_dilute_the_mean():
@@ -803,13 +798,8 @@ def test_absent_classes_do_not_dilute_the_mean():
     result = common.scores(metric, SYNTHIA_16)
     assert result["miou"] == pytest.approx(75) and result["iou"]["wall"] == 0 and result["iou"]["car"] is None
     assert result["rare"] is None  # no class of the long tail occurs in the labels
-    assert (
-        result["share"]["road"] == (50, 50)
-        and result["share"]["sidewalk"] == (25, 50)
-        and result["share"]["wall"] == (25, 0)
-    )
+    assert [result["share"][name] for name in ("road", "sidewalk", "wall")] == [(50, 50), (25, 50), (25, 0)]
     assert result["histogram_distance"] == pytest.approx(25)
-    assert "miou13" not in common.scores(MeanIoU(19), CLASSES)
 
 
 class Constant(torch.nn.Module):
@@ -900,7 +890,7 @@ def test_small_preset(tmp_path, capsys):
 
     common.Run("drsl", settings(out=str(tmp_path / "run"), preset="small"))
     assert common.read_json(tmp_path / "run/args.json")["preset"] == "small"
-    with pytest.raises(InputError, match="had --preset small; give the same"):
+    with pytest.raises(InputError, match="had preset small; give the same"):
         common.Run("drsl", settings(out=str(tmp_path / "run"), preset=None, resume=True))
 
 
@@ -969,11 +959,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 def test_not_finite_stops_with_step_and_terms(tmp_path):
     run, model = common.Run("drsl", settings(out=str(tmp_path / "run"))), torch.nn.Linear(3, 1)
-    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\); there is no checkpoint yet"):
+    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss 1, ce_t nan\)"):
         run.log_step("adapt", 3, 9, loss=torch.tensor(1.0), ce_t=torch.tensor(math.nan))
+    (run.folder / ".last.tmp.pt").write_bytes(b"half")  # as a kill leaves it
+    assert run.last_checkpoint() == ""
     run.save("last.pt", 2, model)
     before = (run.folder / "last.pt").read_bytes()
-    with pytest.raises(InputError, match=r"adapt step 3: not finite .*last.pt, is intact"):
+    with pytest.raises(InputError, match=r"adapt step 3: not finite \(loss inf\)"):
         run.log_step("adapt", 3, 9, loss=torch.tensor(math.inf))
     torch.nn.init.constant_(model.bias, math.inf)
     with pytest.raises(InputError, match="last.pt: weights are not finite"):
@@ -1009,12 +1001,6 @@ def test_every_process_takes_a_gpu_and_several_may_share_one(monkeypatch, device
     assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
-def test_a_batch_that_does_not_split_over_the_processes_is_one_line(monkeypatch):
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="--batch-size 3"):
-        common.Batches([], 3, 0)
-
-
 def test_looking_at_data(tmp_path):
     out = run(tmp_path, "common.py", "--toy-images", 8, "--picture", "look/toy.png")
     assert "source train: 8 images, 100.0 % of the pixels labelled" in out and (tmp_path / "look/toy.png").exists()
@@ -1023,14 +1009,11 @@ def test_looking_at_data(tmp_path):
     look = ["common.py", "--source", "synthia", "--data-root", tmp_path, "--samples", 0]
     out = run(tmp_path, *look)
     assert "source train: 4 images, " in out and "target train: 6 images, no labels; 6 read" in out
-    assert "look: ids that are no class, the most frequent first: " in out and "most pixels" not in out
+    assert "look: pixels without a class have the ids " in out
     torn = tmp_path / "RAND_CITYSCAPES/RGB/0000001.png"
     torn.write_bytes(torn.read_bytes()[:200])
-    (tmp_path / "preview.png").unlink()
     assert "0000001.png" in run(tmp_path, *look, ok=False)
-    out = texts(tmp_path)[0]
-    assert "1 of 4 broken, the first: " in out and "3 source and 4 target scenes" in out
-    assert (tmp_path / "preview.png").exists()
+    assert "x.txt" in run(tmp_path, "common.py", "--picture", "x.txt", ok=False)
 
 
 def looks(capsys, dataset):
@@ -1041,37 +1024,25 @@ def looks(capsys, dataset):
 
 
 def test_looking_at_data_says_what_would_stay_silent(tmp_path, capsys):
-    """Files that are not read, labels of another size, labels that hold trainIds, grey tones or nothing."""
+    """Files that are not read, labels that hold trainIds, grey tones or nothing."""
     write_gta5(tmp_path)
     shares, found = looks(capsys, GTA5(tmp_path))
     raw = np.stack([common.read_label(path) for path in sorted((tmp_path / "GTA5/labels").iterdir())])
     void = 100 * np.isin(raw, (0, 34, 35)).mean()
     assert f"{100 - void:.1f} % of the pixels labelled" in shares and len(found) == 1
     assert f"0 ({100 * (raw == 0).mean():.1f} %)" in found[0] and "7 (" not in found[0]
-    Image.new("RGB", (80, 48)).save(tmp_path / "GTA5/labels/00002.jpg")  # beside the labels nobody minds
-    write_palette(tmp_path / "GTA5/labels/00002.png", blocks([7, 26], (24, 40), np.random.default_rng(0)))
-    found = "\n".join(looks(capsys, GTA5(tmp_path))[1])
-    assert "look: 1 of 4 labels have another size than their image" in found and "00002.png" in found
+    assert "expected are Cityscapes labelIds, not trainIds" in found[0]
     write_cityscapes(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "cityscapes/leftImg8bit/val/bonn/bonn_1.png")
     found = "\n".join(looks(capsys, Cityscapes(tmp_path, "val"))[1])
     assert "look: 1 files that are not read, such as" in found and "bonn_1.png" in found
-    for ids, words in (([0, 13, 18, 255], "no id is above 18, as in trainIds"), ([255], "255 (100.0 %)"),
-                       ([58, 76, 107], "most pixels have such an id")):
-        for path in (tmp_path / "GTA5/labels").glob("*.png"):
-            write_palette(path, blocks(ids, (48, 80), np.random.default_rng(1)))
-        assert words in "\n".join(looks(capsys, GTA5(tmp_path))[1])
-
-
-def test_ids_in_the_wrong_channel_are_seen_before_training(tmp_path, capsys):
-    """What OpenCV's users write: blue, green, red."""
     write_synthia(tmp_path)
-    for path in (tmp_path / "RAND_CITYSCAPES/GT/LABELS").iterdir():
+    for path in (tmp_path / "RAND_CITYSCAPES/GT/LABELS").iterdir():  # blue, green, red, as OpenCV's users write it
         label = common.read_synthia_label(path)
         write_png16(path, np.stack([label * 0, label * 0, label], 2))
     shares, found = looks(capsys, Synthia(tmp_path))
     assert "0.0 % of the pixels labelled" in shares
-    assert "0 (100.0 %)" in found[0] and "SYNTHIA ids in the first of three 16-bit channels" in found[1]
+    assert "0 (100.0 %)" in found[0] and "SYNTHIA ids in the first of three 16-bit channels" in found[0]
 
 
 def test_a_checkpoint_cannot_execute_code(tmp_path):
@@ -1133,10 +1104,3 @@ def test_dropout_resumes_where_it_stopped(tmp_path):
     for file, parts in (("foreign.pt", {}), ("state.pt", {"head": model})):
         with pytest.raises(InputError, match=file):
             run.load(file, model, **parts)
-
-
-def test_augmentation_without_scaling_keeps_every_pixel():
-    label = torch.arange(32 * 64).view(32, 64).remainder(250).byte()
-    augment = common.training_augment(settings())
-    seen = {tuple(augment(label[None].expand(3, -1, -1), label)[1].flatten().tolist()) for _ in range(20)}
-    assert seen == {tuple(label.flatten().tolist()), tuple(label.flip(1).flatten().tolist())}

@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,21 +28,17 @@ def test_poly_schedule():
     assert source_only.poly_lr(3.0, 7, 10, 0.0) == 3.0
 
 
-def test_optimizer_groups():
+def test_optimizers():
     model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
     model.backbone, model.classifier = model["backbone"], model["classifier"]
     model.backbone.bias.requires_grad_(False)
-    optimizer = source_only.make_optimizer(model, argparse.Namespace(optimizer="sgd", head_lr=10.0, device="cpu"))
+    args = argparse.Namespace(optimizer="sgd", head_lr=10.0, device="cpu")
+    optimizer = source_only.make_optimizer(model, args)
     source_only.set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
     assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
-
-
-def test_adamw_is_the_other_optimizer():
-    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
-    model.backbone, model.classifier = model["backbone"], model["classifier"]
-    args = argparse.Namespace(optimizer="adamw", head_lr=1.0, device="cpu")
+    args.optimizer = "adamw"
     optimizer = source_only.make_optimizer(model, args)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["weight_decay"] == 0.01
 
@@ -104,7 +102,7 @@ def test_run_folder(tmp_path):
     again = run(tmp_path, "source_only.py", *TINY, "--iterations", 3, ok=False)
     assert "holds a run already" in again and "--resume" in again
     other = run(tmp_path, "source_only.py", *TINY, "--iterations", 4, "--resume", ok=False)
-    assert "--iterations 3" in other
+    assert "had iterations 3" in other
 
 
 def test_a_half_line_in_the_log_does_not_outlive_a_resume(tmp_path):
@@ -120,14 +118,6 @@ def test_a_half_line_in_the_log_does_not_outlive_a_resume(tmp_path):
 
 
 @exact
-def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(tmp_path, "source_only.py", *TINY, "--iterations", 2, "--seed", seed, "--out", name)
-    assert same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
-    assert not same_weights(tmp_path / "a/last.pt", tmp_path / "c/last.pt")
-
-
-@exact
 def test_sigkill_and_resume_give_the_same_weights(tmp_path):
     arguments = ["source_only.py", *TINY, "--iterations", 12, "--save-every", 3]
     run(tmp_path, *arguments, "--out", "whole")
@@ -136,6 +126,9 @@ def test_sigkill_and_resume_give_the_same_weights(tmp_path):
     run(tmp_path, *arguments, "--out", "cut", "--resume")
     assert same_weights(tmp_path / "whole/last.pt", tmp_path / "cut/last.pt")
     assert result(tmp_path / "whole")["iou"] == result(tmp_path / "cut")["iou"]
+    run(tmp_path, *arguments, "--seed", 1, "--lr", 1e-9, "--out", "other")
+    start = [load(tmp_path / f"{name}/last.pt")["model"]["backbone.4.0.conv1.weight"] for name in ("whole", "other")]
+    assert torch.corrcoef(torch.stack([w.flatten() for w in start]))[0, 1].abs() < 0.5  # other weights to begin with
 
 
 def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(tmp_path):
@@ -144,15 +137,6 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(tmp_path):
         tmp_path, lambda: logged(tmp_path / "run", "source", 3), *arguments, with_signal=signal.SIGINT)
     assert code == 1 and "--resume" in errors and "Traceback" not in errors
     assert load(tmp_path / "run/last.pt")["step"] >= 2
-
-
-def test_nan_stops_the_run_and_names_the_term(tmp_path):
-    message = run(
-        tmp_path, "source_only.py", *TINY, "--iterations", 30, "--save-every", 1, "--lr", 1e25, "--out", "run", ok=False
-    )
-    assert re.search(r"(source step \d+|last.pt): .*not finite", message)  # whichever the first step breaks
-    saved = load(tmp_path / "run/last.pt")["model"] if (tmp_path / "run/last.pt").exists() else {}
-    assert all(torch.isfinite(value).all() for value in saved.values())
 
 
 def test_torchrun_gives_the_single_process_result(tmp_path):
@@ -170,6 +154,7 @@ def test_torchrun_gives_the_single_process_result(tmp_path):
     )
     assert trained_alike(tmp_path / "start/last.pt", tmp_path / "one/last.pt", tmp_path / "two/last.pt")
     assert result(tmp_path / "one")["miou"] == pytest.approx(result(tmp_path / "two")["miou"], abs=1)
+    assert list(result(tmp_path / "one")["columns"]) == ["source only"]  # no batch norm to estimate
 
 
 def test_live_batch_norm_in_two_processes_on_a_cpu_is_one_line(tmp_path):
@@ -192,15 +177,10 @@ def test_real_formats(tmp_path):
         assert len(result(tmp_path / f"runs/source_only-{source}-s0")["iou"]) == classes
     run(tmp_path, "source_only.py", "--source", "gta5", *small, "--oracle")
     assert list(result(tmp_path / "runs/oracle-gta5-s0")["columns"]) == ["oracle"]
-    (tmp_path / "RAND_CITYSCAPES/GT/LABELS/0000001.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    torn = tmp_path / "cityscapes/gtFine/val/bonn/bonn_000002_000019_gtFine_labelIds.png"
+    torn.write_bytes(torn.read_bytes()[:60])
     message = run(tmp_path, "source_only.py", "--source", "synthia", *small, "--out", "torn", ok=False)
-    assert message.startswith("error: ") and "0000001.png" in message  # although a loader process met it
-
-
-def test_a_network_without_batch_norm(tmp_path):
-    run(tmp_path, "source_only.py", *TINY, "--toy-images", 4, "--backbone", "vgg16", "--optimizer", "sgd",
-        "--iterations", 1, "--out", "run")
-    assert list(result(tmp_path / "run")["columns"]) == ["source only"]
+    assert message.startswith("error: ") and torn.name in message and not (tmp_path / "torn").exists()
 
 
 def test_a_target_without_labels_is_trained_on_all_the_same(tmp_path):
@@ -233,30 +213,42 @@ def test_validation_labels_without_a_class_are_no_number(tmp_path):
     assert "NaN" not in (tmp_path / "run/result.json").read_text() + (tmp_path / "run/log.jsonl").read_text()
 
 
+def test_any_terminal_and_any_reader_of_the_output_will_do(tmp_path):
+    """One that knows no umlauts, and one that has seen enough after a line."""
+    line = [*command("source_only.py", *TINY, "--iterations", 2, "--out", "~/\u00fcber lauf")]
+    done = subprocess.run(f"{shlex.join(line)} | head -n 1", shell=True, cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)})
+    assert done.stderr == "stopped; nobody reads the output any more\n" and "\\xfcber lauf  python" in done.stdout
+    assert (tmp_path / "\u00fcber lauf/args.json").exists()
+
+
+def test_numbers_out_of_range_are_refused(monkeypatch, capsys):
+    refused = {
+        "source_only": [["--log-every", "0"], ["--save-every", "0"], ["--iterations", "0"], ["--seed", "-1"],
+                        ["--seed", "18446744073709551616"], ["--size", "64"], ["--size", "60x90"], ["--lr", "-1"],
+                        ["--lr", "nan"], ["--lr", "inf"], ["--head-lr", "0"], ["--scale-jitter", "2", "1"],
+                        ["--scale-jitter", "0", "1"], ["--batch-size", "1.5"], ["--data-root", "."],
+                        ["--source-size", "64x128"]],
+        "cpsl": [["--ema", "2"], ["--temperature", "0"], ["--epsilon", "-1"], ["--alpha", "nan"],
+                 ["--lambda-sl", "-1"], ["--confidence", "1.5"]],
+        "sdca": [["--tau", "0"], ["--tau", "-5"], ["--theta", "2"], ["--delta", "-0.1"], ["--lambda-feat", "-1"]],
+        "scale_invariant": [["--gamma", "-1"], ["--beta", "inf"], ["--portion", "0"]],
+        "drsl": [["--sigma", "0"], ["--lambda-mm", "-1"], ["--lambda-sma", "nan"], ["--portion", "2"],
+                 ["--power", "-1"]]}
+    for method, flag in ((method, flag) for method, flags in refused.items() for flag in flags):
+        monkeypatch.setattr(sys, "argv", [method, *flag])
+        with pytest.raises(SystemExit):
+            importlib.import_module(method).parse_args()
+        assert flag[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_bad_input_is_one_line(tmp_path):
     def refused(*arguments, script="source_only.py", **environment):
         return run(tmp_path, script, *TINY, *arguments, ok=False, **environment)
 
     assert "--data-root" in run(tmp_path, "source_only.py", "--source", "gta5", ok=False)
-    assert "GTA5" in run(
-        tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, "--out", "a", ok=False
-    )
-    assert "--source" in refused("--data-root", tmp_path, "--out", "a")
-    assert "--source-size without" in refused("--source-size", "64x128", "--out", "a")
+    assert "GTA5" in run(tmp_path, "source_only.py", "--source", "gta5", "--data-root", tmp_path, ok=False)
     assert "--crop 64x64" in refused("--crop", "64x64", "--out", "b")
-    for flags in (["--log-every", 0], ["--save-every", 0], ["--iterations", 0], ["--seed", -1], ["--seed", 2**64],
-                  ["--size", "64"], ["--size", "60x90"], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"],
-                  ["--head-lr", 0], ["--scale-jitter", 2, 1], ["--scale-jitter", 0, 1], ["--batch-size", 1.5]):
-        assert flags[0] in refused(*flags, "--out", "d")
-    for flags in (["--ema", 2], ["--temperature", 0], ["--epsilon", -1], ["--alpha", "nan"], ["--lambda-sl", -1],
-                  ["--confidence", 1.5]):
-        assert flags[0] in refused(*flags, "--out", "d", script="cpsl.py")
-    for flags in (["--tau", 0], ["--tau", -5], ["--theta", 2], ["--delta", -0.1], ["--lambda-feat", -1]):
-        assert flags[0] in refused(*flags, "--out", "d", script="sdca.py")
-    for flags in (["--gamma", -1], ["--beta", "inf"], ["--portion", 0]):
-        assert flags[0] in refused(*flags, "--out", "d", script="scale_invariant.py")
-    for flags in (["--sigma", 0], ["--lambda-mm", -1], ["--lambda-sma", "nan"], ["--portion", 2], ["--power", -1]):
-        assert flags[0] in refused(*flags, "--out", "d", script="drsl.py")
     assert "--device" in refused("--device", "cuda", "--out", "d", CUDA_VISIBLE_DEVICES="")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "tensor.pt" in refused("--init", "tensor.pt", "--out", "e", script="drsl.py")
@@ -265,7 +257,7 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("--out", "file/run") and "file" in refused("--out", "file")
     assert not [path for path in tmp_path.glob("?/log.jsonl") if path.read_text()]  # all before any training
-    assert "nothing to resume" in run(tmp_path, "source_only.py", "--resume", "--out", "c", ok=False)
+    assert "nothing to resume" in refused("--resume", "--out", "c")
 
 
 def test_the_target_is_looked_at_before_training(tmp_path):
@@ -324,6 +316,7 @@ def test_init_takes_a_source_only_model_of_the_same_task(tmp_path, start):
     assert f"half.pt: stands at step {saved['step'] - 1} of {saved['step']}; let" in refused("half.pt")
     assert "expected a checkpoint of toy_world 1; it is one of toy_world 0" in refused(start, "--toy-world", 1)
     assert "of backbone vgg16; it is one of backbone resnet14" in refused(start, "--backbone", "vgg16")
+    assert "no such file" in refused(start.parent)
 
 
 def test_a_resumed_run_needs_no_init_any_more(tmp_path, start):
@@ -344,13 +337,16 @@ def test_a_damaged_run_folder_is_one_line(tmp_path):
     run(tmp_path, *arguments)
     settings, log = (tmp_path / "run/args.json").read_text(), (tmp_path / "run/log.jsonl").read_text()
     changed = run(tmp_path, *arguments, "--resume", "--size", "64x128", "--crop", "32x32", ok=False)
-    assert "--size 32x64" in changed and "--crop 32x64" in changed  # as it is typed
+    assert "had size [32, 64]" in changed
     for text in ("{", "[1, 2]"):
         (tmp_path / "run/args.json").write_text(text)
         assert "args.json" in run(tmp_path, *arguments, "--resume", ok=False)
     (tmp_path / "run/args.json").write_text(settings)
-    (tmp_path / "run/log.jsonl").write_text("not json\n" + log)
-    assert "log.jsonl: line 1 is damaged" in run(tmp_path, *arguments, "--resume", ok=False)
-    (tmp_path / "run/log.jsonl").write_text(log)
+    (tmp_path / "run/log.jsonl").write_text("not json\n7\n{}\n" + log)
+    run(tmp_path, *arguments, "--resume")
+    assert (tmp_path / "run/log.jsonl").read_text() == "{}\n" + log
+    whole = (tmp_path / "run/last.pt").read_bytes()
+    (tmp_path / "run/last.pt").write_bytes(whole[:len(whole) // 2])
+    assert "last.pt: not a checkpoint that can be read safely" in run(tmp_path, *arguments, "--resume", ok=False)
     torch.save({"a": 1}, tmp_path / "run/last.pt")
     assert "last.pt: not a checkpoint of this project" in run(tmp_path, *arguments, "--resume", ok=False)
