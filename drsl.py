@@ -115,8 +115,8 @@ What changes the method where the sources are silent or differ (all else stands 
 
 Expect on the toy (world 0, seed 0, one run, fp32): source only 33.1, with re-estimated batch norm 33.3, plain
 self-training 37.1, DRSL 38.2 mIoU. It takes 4 minutes on two idle AVX2 cores, warm-up included, and 0.9 GB. Over seven
-worlds DRSL gains 0.5 ± 0.2 over plain self-training, and over four of them three modes lose 0.3 ± 0.2 against one
-(both at commit b70b40b). So several modes gain nothing: on this toy they are mostly parts of things that both domains share,
+worlds DRSL gains 0.5 ± 0.2 over plain self-training, and over four of them three modes lose 0.3 ± 0.2 against one (both
+at commit b70b40b). So several modes gain nothing: on this toy they are mostly parts of things that both domains share,
 not looks. That the labels of the last round are less noisy, as the abstract says, is hardly seen: 3.3 % of them are
 wrong, and 3.3 % in plain self-training.
 
