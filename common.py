@@ -115,6 +115,7 @@ def palette(classes):
 # ======================================================= files =======================================================
 
 PICTURES = (".png", ".jpg", ".jpeg")  # in capitals too
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
 
 
 def open_image(path, what="image"):
@@ -123,7 +124,7 @@ def open_image(path, what="image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow has its own mind
+    except UNREADABLE as error:
         raise InputError(f"{path}: cannot read this {what} ({one_line(error)})") from error
 
 
@@ -158,7 +159,7 @@ def read_synthia_label(path):
         codec, box, offset, _ = image.tile[0]
         image.tile = [(codec, box, offset, "RGB;16L")]
         return np.array(image)[:, :, 0]  # (H, W, 3) -> (H, W)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: cannot read this label ({one_line(error)})") from error
 
 
@@ -1423,7 +1424,7 @@ def in_one_line(error):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory; use less with --precision bf16, --batch-size 1, a smaller --crop or --preset small"
-    if "DataLoader worker" in text or "shared memory" in text:
+    if "DataLoader worker (pid" in text or "shared memory" in text:  # not an error of ours in such a process
         return (f"a process that reads pictures has died ({one_line(error)[:100]}); its memory or /dev/shm may be too "
                 "small: fewer --workers, or --workers 0")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

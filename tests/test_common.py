@@ -673,8 +673,9 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
     assert torn == f"error: x.png: torn; the last checkpoint is {run.folder / 'last.pt'}"
     from torch._inductor.exc import InvalidCxxCompiler
     assert "--no-compile" in told(InvalidCxxCompiler())
-    with pytest.raises(RuntimeError, match="ours"):
-        common.run(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
+    for ours in ("ours", "Caught RuntimeError in DataLoader worker process 0.\nOriginal ...\nRuntimeError: ours"):
+        with pytest.raises(RuntimeError, match="ours"):
+            common.run(lambda: (_ for _ in ()).throw(RuntimeError(ours)))
 
 
 def test_frozen_batch_norm_neither_learns_nor_moves():
