@@ -220,6 +220,9 @@ def differences(folders, others):
             text = f"{text} ± {error:.2f}"
             text = f"**{text}**" if abs((a - b).mean()) > bound * error else text
         lines.append(f"| {measure} | {len(pairs)} | {a.mean():.2f} | {b.mean():.2f} | {text} |")
+        if measure == "mIoU" and len(pairs) > 1:
+            each = ", ".join(f"{world}/{seed} {d:+.1f}" for (world, seed), d in zip(pairs, a - b))
+            lines[0] += f" mIoU in each world/seed: {each}."
     return "\n".join(lines)
 
 

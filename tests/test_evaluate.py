@@ -313,7 +313,7 @@ def test_differences_are_paired_by_world_and_seed(inside):
     """Bold exactly where |difference| exceeds the bound, 4.303 standard errors of three pairs, whatever its sign."""
     pairs, sides = ((0, 0), (3, 0), (3, 1)), {"a": [], "b": []}
     wobble, zero = np.array([-1.0, 0.0, 1.0]), np.zeros(3)  # of which the standard error is 1 / sqrt(3)
-    values = {"miou": (42 + wobble, 40 + wobble), "rare": (20 + zero + 4.31 / 3 ** 0.5, 20 + wobble),
+    values = {"miou": (45 + 2 * wobble, 40 + wobble), "rare": (20 + zero + 4.31 / 3 ** 0.5, 20 + wobble),
               "miou13": (20 + zero - 4.31 / 3 ** 0.5, 20 + wobble),
               "histogram_distance": (5 + zero + 4.29 / 3 ** 0.5, 5 + wobble)}
     for i, (world, seed) in enumerate(pairs):
@@ -324,14 +324,15 @@ def test_differences_are_paired_by_world_and_seed(inside):
     b = sides["b"][::-1] + [write_run(inside / "b-9", 9, 0, "X", X={"miou": 90.0})]  # order and surplus do not matter
     title, _, header, _, *rows = evaluate.differences(list(map(Path, sides["a"])), list(map(Path, b))).splitlines()
     assert "2 worlds, 2 seeds" in title and "3 pairs" in title and "Bold" in title and "4.30 standard errors" in title
+    assert title.endswith(" mIoU in each world/seed: 0/0 +4.0, 3/0 +5.0, 3/1 +6.0.")
     assert header == "| | runs | a | b | difference |"
-    assert rows == ["| mIoU | 3 | 42.00 | 40.00 | **+2.00 ± 0.00** |",
+    assert rows == ["| mIoU | 3 | 45.00 | 40.00 | **+5.00 ± 0.58** |",
                     "| mIoU, 13 | 3 | 17.51 | 20.00 | **-2.49 ± 0.58** |",
                     "| mIoU, rare | 3 | 22.49 | 20.00 | **+2.49 ± 0.58** |",
                     "| histogram distance % | 3 | 7.48 | 5.00 | +2.48 ± 0.58 |",
                     "| noise | 3 | 1.00 | 1.00 | +0.00 ± 0.00 |"]  # `modes` is not known for both sides
     one = evaluate.differences([Path("a-00")], [Path("b-00")]).splitlines()
-    assert one[-1] == "| noise | 1 | 0.00 | 0.00 | +0.00 |" and "1 world, 1 seed" in one[0] and "Bold" not in one[0]
+    assert one[-1] == "| noise | 1 | 0.00 | 0.00 | +0.00 |" and "1 world, 1 seed" in one[0] and "Bold" not in one[0] and "each" not in one[0]
     assert "in common" in refusal("--summary", "a-00", "--against", "b-31")  # another seed of another world
     assert "in common" in refusal("--summary", "a-30", "--against", "b-31")
     assert "twice" in refusal("--summary", "a-00", "a-00", "--against", "b-00")
