@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -429,20 +431,46 @@ def parsed(call, monkeypatch):
     return importlib.import_module(Path(script).stem).parse_args()
 
 
-def test_every_call_of_the_tables_is_understood(monkeypatch):
+def calls_of_the_tables(folder, worlds, **variables):
+    """[arguments of python] as assets/tables.sh calls it; run `oracle` of the first world counts as interrupted."""
+    (folder / "python").write_text('#!/bin/sh\necho "$@" >> "$CALLS"\n')
+    (folder / "python").chmod(0o755)
+    common.write_json(folder / f"out/oracle-{worlds[0]}/args.json", {})
+    common.write_json(folder / f"out/held-{worlds[-1]}/result.json", {})  # finished
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(folder / "calls"),
+                   "OUT": str(folder / "out"), **variables}
+    subprocess.run(["sh", PROJECT / "assets/tables.sh", *worlds], env=environment, check=True, cwd=folder)
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_every_call_of_the_tables_is_understood(tmp_path, monkeypatch):
     """Every parser reads its calls; every row that is trained stands in a table, and no other."""
-    text = (PROJECT / "assets/tables.sh").read_text().replace("\\\n", " ")
-    shared = re.search(r'python "\$script" (.*) "\$@"', text).group(1).replace('"', "") + " --resume"
-    start, rows = re.search(r'start="(.*)"', text).group(1), {}
-    for name, call in re.findall(r"^\s+train (\w+) (.*)$", text, re.M):
-        rows[name] = parsed(call.replace("$start", start) + " " + shared.replace("$w", "3"), monkeypatch)
-        assert (rows[name].toy_world, rows[name].seed, rows[name].resume) == (3, 3, True)
-    assert rows["oracle"].oracle and rows["plain"].plain and not rows["drsl"].plain and rows["held"].hold_prototypes
-    assert rows["whole"].view == "whole" and not rows["fixed_labels"].rectify and rows["one_mode"].modes == 1
-    others = re.findall(r"^\s*python ((?:evaluate|assets/figures)\.py .*)$", text, re.M)
-    assert len(others) > 7
-    for call in others:
-        parsed(re.sub(r"\$\(.*?\)", "runs/x-0", call), monkeypatch)
-    pairs = re.findall(r"\b(\w+):(\w+)\b", re.search(r"for pair in (.*?)\bdo\b", text, re.S).group(1))
-    used = {name for pair in pairs for name in pair} | set(" ".join(re.findall(r"\$\(of ([\w ]+)\)", text)).split())
-    assert used == set(rows)
+    out, rows, used = tmp_path / "out", {}, set()
+    for call in calls_of_the_tables(tmp_path, ["3", "7"], STEPS="960", FLAGS="--log-every 7"):
+        args = parsed(call, monkeypatch)
+        if call.startswith(("evaluate", "assets")):
+            used |= set(re.findall(r"out/(\w+-\d)", call))
+            assert f"--out {out}/" in call or call.startswith("evaluate")  # not over the README's pictures
+            continue
+        name, world = Path(args.out).name.split("-")
+        rows[name, world] = args
+        assert str(args.out) == f"{out}/{name}-{world}" and args.log_every == 7
+        assert args.toy_world == args.seed == int(world) and args.resume == ((name, world) == ("oracle", "3"))
+        if name not in ("source", "oracle"):
+            assert str(args.init) == f"{out}/source-{world}/last.pt" and args.val_every == 240
+            assert args.iterations + getattr(args, "ssl_iterations", 0) == 960
+    names = {name for name, _ in rows}
+    assert {(name, world) for name in names for world in "37"} - set(rows) == {("held", "7")}
+    assert used == {f"{name}-{world}" for name in names for world in "37"}
+    row = lambda name: rows[name, "3"]
+    assert row("oracle").oracle and row("plain").plain and not row("drsl").plain and row("held").hold_prototypes
+    assert row("whole").view == "whole" and not row("fixed_labels").rectify and row("one_mode").modes == 1
+    assert row("no_contrast").lambda_feat == row("no_contrast").lambda_out == 0 and row("sdca").ssl_iterations == 320
+
+
+def test_the_tables_have_the_default_length(tmp_path, monkeypatch):
+    calls = [call for call in calls_of_the_tables(tmp_path, ["0"]) if "--init" in call]
+    lengths = lambda args: (args.iterations, getattr(args, "ssl_iterations", None))
+    for call in calls:
+        assert lengths(parsed(call, monkeypatch)) == lengths(parsed(call.split()[0], monkeypatch))
+    assert len(calls) > 8
