@@ -52,11 +52,12 @@ Equations
     CPSL-5   Q = argmax sum_ik (Q_ik S_ik - eps Q_ik log Q_ik) over Q >= 0 (B x K) with               term [P], form [C]
              rows that sum to 1/B and columns that sum to r_k, the paper's Eq. 12                                 [A]
     CPSL-6   by Sinkhorn-Knopp: Q = exp((S - max S) / eps), then 3 times: scale column k to sum r_k, then every   [C]
-             row to sum 1/B. Return B Q. After 3 rounds the columns are near r, after many they meet it. Every image
-             has a problem of its own, over the bank's M pixels and its n, and keeps the rows of these n
+             row to sum 1/B. After 3 rounds the columns are near r, after many they meet it. From CPSL-7 on Q is B Q:
+             each row sums to 1. Every image has a problem of its own, over the bank's M pixels and its n, and keeps
+             the rows of these n
     CPSL-7   L_SL  = mean_i -sum_k Q_ik log softmax_k(cos(z_i, c_k) / T)                            term [P], form [C]
     CPSL-10  L_cons = mean of t (log t - log s) over images, classes and cells: a KL divergence divided by K;     [C]
-             t = softmax_k(cos(f'(x), c'_k) / T), and s = softmax_k(cos(f(x''), c'_k) / T) is to follow it
+             t = softmax_k(cos(f'(x), c'_k) / T), which s = softmax_k(cos(f(x''), c'_k) / T) must match
     CPSL-11  L = L_src + L_t + lambda_cons L_cons + lambda_SL L_SL, lambda_cons 5, lambda_SL 0.1                  [C]
     CPSL-12  later stages: L = L_src + CE(student on x'', y of the previous student) + lambda_KD L_KD             [C]
     CPSL-13  L_KD as L_cons, t and s the previous student's and the student's softmax on x''                      [U]
@@ -103,8 +104,8 @@ Deviations that change the method (the others: end of the file)
    features of the shared DeepLabV2, taken before them and never negative. --head proda is the authors' head.
 4. Left out: the contrastive term CPSL-14 (its labels are misaligned with its features, and in the authors' log it never
    falls), CPSL-8 and 9 (a second L_SL, from logits), CutMix, colour transfer, the adversarial warm-up CPSL-15.
-5. Views. Authors: CPSL-4 on x itself, and x'' is also warped, with a square cut out. Here: CPSL-4 on x', and x''
-   is only blurred and recoloured. On the toy CPSL-10 is off (--consistency).
+5. Views. Authors: CPSL-4 on x itself, and x'' also goes through RandAugment, with a square cut out. Here: CPSL-4 on
+   x', and x'' is only blurred and recoloured. On the toy CPSL-10 is off (--consistency).
 
 Expect on the toy (world 0, seed 0, one run, fp32): source only 33.1, with re-estimated batch norm 33.3, CPSL 36.4 mIoU
 (--no-rectify: 33.7) and 36.8 after 960 steps, labels of the train images 36.5 rectified and 33.3 fixed. It takes 6
@@ -112,12 +113,12 @@ minutes on one thread of an AVX2 core and 1.0 GB. With --distill 2 the toy ends 
 students start from random weights, for which 240 steps are too few.
 
 What self-labelling does here: rectified labels are better than fixed ones, while the prototypes' own learning adds
-nothing to that. It makes P_SL alone better with the class shares and worse with equal ones, which is the paper's
-comparison. The figures stand at the end of the file. Through a toy run the log tells what 100 images' labels are worth.
+nothing to that. It makes P_SL alone better with the class shares and worse with equal ones: the abstract's argument
+for balance. The figures stand at the end. During a toy run the log shows how good the labels of 100 images are.
 
     python cpsl.py                                      # toy world: warm-up, self-training, table, picture
     python cpsl.py --hold-prototypes                    # rectification by class means that stay where they are
-    python cpsl.py --marginal uniform                   # a transport problem that knows nothing of the classes
+    python cpsl.py --marginal uniform                   # a transport problem with equal shares r_k = 1/K
     python cpsl.py --no-rectify                         # self-training on argmax P_ST
     python cpsl.py --distill 2                          # with both distillation stages
     python cpsl.py --source synthia --data-root DIR --init runs/source_only-synthia-s0/last.pt
@@ -143,8 +144,9 @@ import common
 def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     """CPSL-6: scores S (..., B, K), class marginal r (K,) -> assignments (..., B, K): each pixel's K values sum to 1.
 
-    With more rounds the mean over the pixels approaches r. A class with r_k = 0 gets nothing (authors: NaN). In
-    float32 at least, also under autocast: cosines differ by at most 2, and float32 still holds exp(-2 / 0.05) = 4e-18.
+    With more rounds the mean over the pixels approaches r. A class with r_k = 0 gets nothing (authors: NaN). Computed
+    in float32 or finer: cosines differ by at most 2, and exp(-2 / 0.05) = 4e-18 does not underflow there. With a much
+    smaller epsilon a pixel far below the best score may underflow, and then gets zeros.
     """
     S = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (..., B, K)
     tiny = torch.finfo(S.dtype).tiny  # 0 / tiny is 0, where 0 / 0 would be NaN
@@ -152,7 +154,7 @@ def sinkhorn(scores, marginal, epsilon=0.05, iterations=3):
     Q = ((S - S.amax((-2, -1), keepdim=True)) / epsilon).exp()  # (..., B, K)
     for _ in range(iterations):
         Q = Q * (marginal / Q.sum(-2, keepdim=True).clamp(min=tiny))  # columns: the values of class k sum to r_k
-        Q = Q / Q.sum(-1, keepdim=True)  # rows: those of a pixel sum to 1, which is 1/B up to the factor B
+        Q = Q / Q.sum(-1, keepdim=True).clamp(min=tiny)  # rows: a pixel's sum to 1, which is 1/B times B
     return Q
 
 
@@ -226,18 +228,15 @@ class SelfLabelingHead(nn.Module):
 
 
 class MemoryBank:
-    """The last `size` pixels, oldest first. Until it is full, `items()` is shorter."""
+    """The last `size` pixels, oldest first. Until it is full, `memory` (n, dim) is shorter."""
 
     def __init__(self, size, dim, device=None):
         self.size, self.memory = size, torch.zeros(0, dim, device=device)
 
     def push(self, items):
         """Appends items (n, dim); the oldest fall out."""
-        items = items.detach().to(self.memory)[-self.size:] if self.size else self.memory
-        self.memory = torch.cat([self.memory[max(0, len(self.memory) + len(items) - self.size):], items])
-
-    def items(self):
-        return self.memory  # (n, dim), n <= size
+        memory = torch.cat([self.memory, items.detach().to(self.memory)])
+        self.memory = memory[max(0, len(memory) - self.size):]
 
     @property
     def full(self):
@@ -257,12 +256,12 @@ class MemoryBank:
 def class_sums(features, label, num_classes, least=1):
     """For the prototypes' start: every class's mean feature, summed over the images, and in how many it occurs.
 
-    features (N, D, h, w), label (N, h, w) -> (K, D), (K,). An image counts for a class with `least` pixels of it.
+    features (N, D, h, w), label (N, h, w) -> (K, D), (K,). An image counts for a class if it has `least` pixels of it.
     """
     member = F.one_hot(label.flatten(1), num_classes).float()  # (N, h w, K)
     count = member.sum(1)  # (N, K)
     sums = member.transpose(1, 2) @ features.float().flatten(2).transpose(1, 2)  # (N, K, D)
-    means, seen = sums / count.clamp(min=1)[:, :, None], count >= least
+    means, seen = sums / count.clamp(min=1)[:, :, None], count >= least  # (N, K, D), (N, K)
     return (means * seen[:, :, None]).sum(0), seen.sum(0)
 
 
@@ -304,7 +303,7 @@ def update_average(average, model, momentum):
 
 
 class ProDANetwork(common.DeepLabV2):
-    """The shared backbone under the authors' head (--head proda) [C]: signed features of 256 channels.
+    """The shared backbone under the authors' head (--head proda) [C], without its dropout: 256 signed channels.
 
     Five branches of 256 channels side by side, reweighted by squeeze and excitation, merged by a 3x3 convolution.
     """
@@ -418,7 +417,7 @@ def step_losses(models, source, images, args, step):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over pixels not labelled 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -448,7 +447,7 @@ def set_lr(optimizer, lr):
 
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
-    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder, resumes from it."""
     network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
@@ -479,7 +478,7 @@ def prepare(warm, head, args):
     """Step 2, one pass over the target train images, not augmented: the class shares r and the prototypes' start."""
     warm.eval()
     K, D = head.prototypes.shape
-    pixels, images = torch.zeros(2, K, dtype=torch.int64, device=args.device).unbind()
+    pixels, images = torch.zeros(2, K, dtype=torch.int64, device=args.device).unbind()  # (K,) each
     sums = torch.zeros(K, D, device=args.device)
     for batch in common.evaluation_batches(common.target_dataset(args, "train"), args):
         with common.autocast(args):
@@ -570,7 +569,7 @@ def distill(teacher, source, views, args, run, stage, file):
 
 @torch.no_grad()
 def measure_labels(warm, momentum, momentum_head, views, args, number=None):
-    """Toy only: mIoU of the labels of the first `number` target train images, or of all, and of the rare classes.
+    """Toy only: mIoU, of all and of the rare classes, of the labels of the first `number` target train images (or all).
 
     Fixed (argmax P_ST), rectified (CPSL-17) and by the prototypes alone (argmax P_SL), by models in evaluation mode.
     The truth is looked at here and used nowhere.
@@ -603,9 +602,9 @@ def parse_args():
     add, switch, by_source = parser.add_argument, argparse.BooleanOptionalAction, common.by_source
     add("--iterations", type=common.natural, metavar="N", default=by_source(240, 90000, small=6000),
         help="steps of self-training [C]")
-    add("--lr", type=common.positive, metavar="X", default=by_source(2e-4, 1e-4, small=5e-5), help="its base rate [C]")
+    add("--lr", type=common.positive, metavar="X", default=by_source(2e-4, 1e-4, small=5e-5), help="base rate [C]")
     add("--head-scale", type=common.positive, metavar="X", default=by_source(1.0, 5.0),
-        help="multiple of it for the classifier [C]; --head-lr is that of warm-up and distillation")
+        help="the classifier's rate as a multiple of --lr [C]; in warm-up and distillation it is --head-lr")
     add("--prototype-lr", type=common.positive, metavar="X", default=by_source(0.003, 5e-4, small=1.2e-4),
         help="base rate of the prototypes' SGD [C]")
     add("--hold-prototypes", action="store_true",
@@ -616,7 +615,7 @@ def parse_args():
     add("--sampling", choices=("proportional", "uniform"), default="proportional",
         help="of pixels in L_SL: class by class, the paper's Eq. 9 [A], or over all pixels [C]")
     add("--rectify", action=switch, default=True,
-        help="without: self-training on argmax P_ST; no prototypes, no momentum copy, no consistency")
+        help="labels by P_SL * P_ST; without: by P_ST alone, no prototypes, momentum copy or consistency")
     add("--temperature", type=common.positive, metavar="T", default=0.08, help="T of the cosine softmax [C]")
     add("--epsilon", type=common.positive, metavar="X", default=0.05, help="eps, weight of the entropy [C]")
     add("--sinkhorn-iterations", type=common.count, metavar="N", default=3, help="rounds of CPSL-6 [C]")
@@ -630,13 +629,13 @@ def parse_args():
     add("--lambda-sl", type=common.weight, metavar="X", default=0.1, help="weight of the self-labelling loss [C]")
     add("--consistency", action=switch, default=by_source(False, True),
         help="CPSL-10 [C], one more view of the target per step")
-    add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="its weight [C]")
+    add("--lambda-cons", type=common.weight, metavar="X", default=5.0, help="weight of the consistency loss [C]")
     add("--distill", type=common.natural, metavar="N", default=0, help="distillation stages afterwards [C: 2]")
     add("--distill-iterations", type=common.natural, metavar="N", default=by_source(240, 90000, small=6000),
-        help="steps of each [C]")
+        help="steps of a distillation stage [C]")
     add("--distill-lr", type=common.positive, metavar="X", default=by_source(1e-3, 6e-4, small=1e-4),
-        help="their base rate [C]")
-    add("--confidence", type=common.fraction, metavar="X", default=0.95, help="that a label needs in distillation [C]")
+        help="base rate of distillation [C]")
+    add("--confidence", type=common.fraction, metavar="X", default=0.95, help="least confidence in distillation [C]")
     add("--lambda-kd", type=common.weight, metavar="X", default=1.0, help="weight of the distillation loss [C]")
     return common.parse(parser)
 
@@ -749,7 +748,7 @@ if __name__ == "__main__":
 #
 # What self-labelling does here
 #
-# mIoU of the network in worlds 1 and 2 (the README's table is of others), one run each:
+# mIoU of the network in worlds 1 and 2 (the README's table shows others), one run each:
 #
 #                                world 1, steps: 240     960      world 2, steps: 240     960
 #     batch norm alone                          32.6                             30.0
@@ -759,12 +758,12 @@ if __name__ == "__main__":
 #     --prototype-lr 0.03                       34.7       -                        -       -
 #
 # Rectified labels are better from the start (world 1, 100 images: 35.3 mIoU against 33.3). Network and labels improve
-# together, so longer runs gain. The labels gain where the network is unsure: 0.2 near the centres of the grid's cells,
-# 3.9 at the pixels farthest from them.
+# together, so longer runs gain. The labels gain where the network is unsure: 3.9 mIoU at the pixels farthest from the
+# centres of the grid's cells, 0.2 near them.
 # The prototypes' own learning adds nothing to that, and costs 0.2 in 960 steps. It does make them better: by P_SL alone
 # the labels of the train images end at 29.8 with --prototype-lr 0.03 and at 28.0 when held. But the product then
 # corrects fewer of the fixed labels, and ends at 34.6 instead of 35.1.
-# The paper's comparison: on frozen features 240 steps at rate 0.03 lift P_SL alone from 23.4 to 26.2 with these shares,
-# and with equal shares it falls to 18.9.
+# What the class balance does: on frozen features, 240 steps at rate 0.03 lift P_SL alone from 23.4 to 26.2 with these
+# shares; with equal shares it falls to 18.9.
 # The method needs features whose class means classify, which is a weak premise here: the nearest class mean has 23.4
-# mIoU where the network itself has 32.9 (of logits 27.4, of features beside those of near cells 26.4).
+# mIoU where the network itself has 32.9 (in logits 27.4, in features joined by those of neighbouring cells 26.4).

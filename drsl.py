@@ -6,7 +6,7 @@
 READ THIS FIRST. This file is DRSL-style, *reconstructed from the paper's abstract*, and not a reproduction. No official
 code was found, and of the paper only title, abstract, keywords, the caption of Figure 1 and the header of its project
 page were available. Labels such as DRSL-6 are this project's own, since the paper's equation numbers are unknown. No
-mIoU of the paper is quoted, because none was found. Equations, steps and flags carry their origin:
+mIoU of the paper is quoted, because none was found. Equations, steps and flags (at full size) carry their origin:
     [P] stated by the paper (abstract, keywords, Fig. 1)     [R] RepMet (arXiv 1806.04728), the likely ancestor
     [F] field convention (AdaptSegNet, DeepLab, CBST, CRST)  [I] inferred for this reconstruction
     [U] unknown: a choice of ours
@@ -19,9 +19,9 @@ The idea in five sentences [P]
 2. DRSL also models the variation *inside* a class, as a distribution of pixels with several modes (class-aware
    multi-modal distribution learning, MMDL), so that the features tell more and the pseudo-labels have less noise.
 3. Two heads share one base network: the segmentation head learns by cross-entropy on pseudo-labels, and the
-   multi-modal head by a distance metric learning loss over the same pseudo-labels.
+   multi-modal head by a distance metric learning loss over pseudo-labels.
 4. The metric loss flows back into the shared network and regularizes it.
-5. Stochastic mode alignment pulls target pixels and source pixels that map to the same mode towards each other.
+5. Stochastic mode alignment reduces the distance between target and source pixels that map to the same mode.
 
 Plain self-training (--plain), the method without modes
 -------------------------------------------------------
@@ -59,10 +59,10 @@ Equations
     DRSL-8   m_i = argmin_k d2_{y_i k}(e_i)          the nearest mode [U], inside the class [P]          --no-balance
     DRSL-9A  L_sma = (1/|A|) sum_{(c,k) in A} (1/M) sum_{j=1..M} |e^s_{a_j} - e^t_{b_j}|^2    kind [P], form [U]
              a_j, b_j: a random source and a random target pixel of the mode, with replacement. A source pixel's mode
-             is m_i, a target pixel's is that of DRSL-19.
+             is m_i, a target pixel's is that of DRSL-19. The alignment moves both domains [U].
     DRSL-10  L = L_seg^s + lambda_t L_seg^t + lambda_mm (L_mm^s + L_mm^t) + lambda_sma L_sma  form [I], weights [U]
-    DRSL-14  tau_c: of the n_c target pixels predicted as c, the confidence of number floor(portion n_c) from the top,
-             or 1 if that number is 0                                                                  CBST  [F]
+    DRSL-14  tau_c = the j-th largest confidence of the n_c target pixels predicted as c, j = floor(portion n_c),
+             or 1 if j = 0                                                                             CBST  [F]
     DRSL-15  y_i = argmax_c P_i(c)/tau_c, kept if P_i(y_i)/tau_{y_i} >= 1, else 255                          [F]
     DRSL-16  portion of the next round = min(portion + portion_step, portion_max)                            [F]
     DRSL-17  q_ik = exp(-d2_{y_i k}(e_i) / epsilon), divided by its sum over k. Then three times: q_ik is divided by
@@ -77,13 +77,13 @@ gradient flows through m, q and pseudo-labels.
 Why are the modes balanced? With DRSL-8 alone, a mode that is nearest to most pixels is pulled to still more of them. On
 the toy every class is left with one mode after a few hundred steps, and there is no multi-modal distribution to learn
 from. DRSL-17 is Sinkhorn's algorithm, which draws the modes of a class towards equal shares of its pixels. Three rounds
-of it nearly get there where modes lie close together. Modes that are far apart stay as uneven as their pixels.
+of it nearly get there where modes lie close together. Modes that lie far apart stay as unequal as their clusters.
 
 The algorithm                                                             paper's notion -> function
 -------------                                                             --------------------------
 1. Source-only training [F], or --init.                                   train_source
 2. Mode warm-up on source [I]: for --head-iterations the head learns      train_modes
-   and the network stands still, then K-means per class sets R.           kmeans_modes
+   and the network stands still, then k-means per class sets R.           kmeans_modes
 3. --iterations steps of the network, as many as with --plain: first      step_losses
    --joint-iterations on source alone, L_seg^s + lambda_mm L_mm^s [I],
    then rounds [F]. A round labels the target train images,               label_target, class_thresholds,
@@ -98,17 +98,17 @@ The algorithm                                                             paper'
      stochastic mode alignment, DRSL-9A                                   stochastic_mode_alignment
 4. Evaluate the last checkpoint. The multi-modal head is dropped: it only regularizes [I].
 
-What changes the method where the sources are silent or differ (all else stands above parse_args)
--------------------------------------------------------------------------------------------------
+Choices that change the method, where the sources are silent or differ (the rest: above parse_args)
+---------------------------------------------------------------------------------------------------
 1. Mode of a pixel. RepMet: the nearest of its class. Here: balanced (DRSL-17), and L_own pulls to that mode.
 2. Pixels of the mode losses. Paper: not known. Here: up to --pixels random ones per class and image (balanced_labels).
 3. Pixels of the alignment. Paper: not known. Here: on the source those of the mode losses, on the target all, with or
    without a pseudo-label (--align-over all).
 4. Not here: features that are "explicitly disentangled" (both heads read the same ones, and nothing but L_mm asks for
-   the variation inside a class), and the margins over other methods, 2.3 and 2.5 points on SYNTHIA [P], never tried.
+   the variation inside a class). The margins over other methods, 2.3 and 2.5 points on SYNTHIA [P], were never tested.
 
     setting                        RepMet or CRST      here
-    sigma                          0.5                 0.3: L_mmce can fall to 0.0008, with 0.5 to 0.67 (orthogonal R)
+    sigma                          0.5                 0.3: L_mmce can reach 0.0008; at 0.5 only 0.67 (orthogonal R)
     K, E                           5, 256              3, 256 (toy 64)
     scale of the training images   0.5 to 1.5          1 to 1.5, colour jitter (toy: no scaling)
     lambda_mm, lambda_sma, M       no counterpart      0.3, 1, 64
@@ -225,7 +225,7 @@ def assign_modes(d2, labels):
 
 
 def balanced_assignment(d2_own, labels, num_classes, epsilon=0.05, iterations=3):
-    """DRSL-17: q (n, K), how much of each pixel each mode of its class gets, about equally much in the sum over pixels.
+    """DRSL-17: q (n, K), the share of each pixel that each mode of its class gets; all modes get about equal sums.
 
     d2_own (n, K): distances to the modes of the own class, labels (n,), 255 ignored. Sinkhorn's algorithm, for all
     classes at once: in turn every mode is scaled to the same mass and every pixel to a sum of 1. No gradient.
@@ -368,24 +368,26 @@ def step_losses(network, head, source, target, args, generator):
     ce_s = segmentation_loss(logits_s, source[1])
     if target is None:
         _, d2_s, y_s = embed(head, features_s, source[1], args, generator)
-        mm_s = mode_loss(d2_s, y_s, own_modes(d2_s, y_s, args), args)
+        mm_s = mode_loss(d2_s, y_s, own_modes(d2_s, y_s, args), args)  # DRSL-7
+        # DRSL-10, its source terms
         return {"loss": ce_s + args.lambda_mm * mm_s, "ce_s": ce_s, "mm_s": mm_s}
 
     with common.autocast(args):
         features_t, logits_t = network(target[0])
     # DRSL-2
     ce_t = segmentation_loss(logits_t, target[1])
-    if head is None:
+    if head is None:  # DRSL-10 without modes
         return {"loss": ce_s + args.lambda_t * ce_t, "ce_s": ce_s, "ce_t": ce_t}
 
     # Both domains are balanced together, so that a mode may have most of its pixels in one of them.
     e, d2, y = embed(head, torch.cat([features_s, features_t]), torch.cat([source[1], target[1]]), args, generator)
     m = own_modes(d2, y, args)
     (e_s, e_t), (d2_s, d2_t), (y_s, y_t), (m_s, m_t) = (both.chunk(2) for both in (e, d2, y, m))
-    mm_s, mm_t = mode_loss(d2_s, y_s, m_s, args), mode_loss(d2_t, y_t, m_t, args)
+    mm_s, mm_t = mode_loss(d2_s, y_s, m_s, args), mode_loss(d2_t, y_t, m_t, args)  # DRSL-7
 
     if args.align_over == "all":
-        y_t, m_t = nearest_modes(d2_t)
+        y_t, m_t = nearest_modes(d2_t)  # DRSL-19
+    # DRSL-9A
     sma = stochastic_mode_alignment(e_s, y_s, m_s, e_t, y_t, m_t, args.pairs, generator, shape=d2.shape[1:])
 
     # DRSL-10
@@ -398,7 +400,7 @@ def step_losses(network, head, source, target, args, generator):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over pixels not labelled 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -428,7 +430,7 @@ def set_lr(optimizer, lr):
 
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
-    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder, resumes from it."""
     network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
@@ -592,7 +594,7 @@ def parse_args():
     parser = common.shared_parser(__doc__, adapts=True)
     add = parser.add_argument
     add("--plain", action="store_true",
-        help="plain self-training: no modes, no alignment, every step an adaptation step, and their flags do nothing")
+        help="plain self-training: every step on both domains, no modes, no alignment (their flags do nothing)")
     add("--head-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
         help="steps of the head alone, at --warmup-lr, before k-means; 0: modes start at random places [U]")
     add("--joint-iterations", type=common.natural, metavar="T", default=common.by_source(60, 2000, small=500),
@@ -606,7 +608,7 @@ def parse_args():
     add("--portion", type=common.fraction, metavar="X", default=common.by_source(0.3, 0.2),
         help="kept share of the pixels predicted as each class, first round [F]")
     add("--portion-step", type=common.fraction, metavar="X", default=common.by_source(0.1, 0.05),
-        help="its growth per round [F]")
+        help="growth of --portion per round [F]")
     add("--portion-max", type=common.fraction, metavar="X", default=0.5, help="largest kept share [F]")
     add("--modes", type=common.count, metavar="K", default=3, help="K, modes per class [U; RepMet 5]")
     add("--embedding", type=common.count, metavar="E", default=common.by_source(64, 256),

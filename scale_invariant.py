@@ -5,7 +5,7 @@
 
 READ THIS FIRST. Of the paper only the abstract and the first lines of the introduction were available. The equations
 come from the authors' released code and notebooks. Labels such as LSE-6 are this project's own, because the paper's
-equation numbers and symbols are unknown. Equations, steps and flags carry their origin:
+equation numbers and symbols are unknown. Equations, steps and flags (at full size) carry their origin:
     [P] the paper's abstract    [C] the authors' code    [N] their notebooks, which hold logs    [U] unknown: our choice
 
 The idea in five sentences
@@ -29,9 +29,9 @@ of a trusted image becomes a label only if it is surer, relative to its class an
 average. As more images are selected, the threshold follows. This is our reading [U], since the code gives no reason.
 
 The abstract's premise is that enlarged patches have a higher entropy than the image they come from [P]. On the toy it
-hardly holds: in world 0 the source-only model's entropy is 0.13 nats higher on enlarged windows, of at most 2.77, while
-the cross-entropy between its two predictions there is 1.56. It is nearly as certain, and wrong. Entropy cannot show
-that. After training the two are 0.09 and 0.64. Both are measured: see "meters (ours)".
+hardly holds: in world 0 the source-only model's entropy is only 0.13 nats (of at most 2.77) higher on enlarged windows,
+while the cross-entropy between its two predictions there is 1.56. It is nearly as certain, and wrong. Entropy cannot
+show that. After training the two are 0.09 and 0.64. Both are measured: see "meters (ours)".
 
 Notation
 --------
@@ -66,7 +66,7 @@ among the 19 classes of Cityscapes, also for SYNTHIA: hence the 19 in LSE-6.
     LSE-11   E_i = -sum_c P_i(c) ln(P_i(c) + 1e-12)
     LSE-12   patch: a window of a x b = H/2 x W/2 pixels at a random place, whose image and P are enlarged to H x W,
              bilinear with aligned corners. Its label is the argmax of the *enlarged* P, so that a class can appear
-             between two pixels that both lack it, and 255 where the pixel was not kept.
+             between two pixels that both lack it, and 255 where the enlarged mask of LSE-10 is 0 (deviation 4).
     LSE-13   p_r = p_0 + r delta_p, 0.10 to 0.40 in seven rounds of int(epochs n_p |T_r| / batch size) steps
 E^ only ranks the pixels of one class inside one image. Unless all have the same entropy, the most certain one is kept
 (if tau_c > 0) and the least certain one is not (if tau_c <= 1), however good the prediction is as a whole.
@@ -158,7 +158,7 @@ def image_uncertainty(prob):
 
 
 def ranked_images(confidence):
-    """The ranking of one class: the images that predict it by falling confidence (M,), of equals the later first."""
+    """The ranking of one class by its confidence (M,): images that predict it, surest first, of equals the later."""
     predict_it = [(s, image) for image, s in enumerate(confidence.tolist()) if not math.isnan(s)]
     return [image for _, image in sorted(predict_it, reverse=True)]
 
@@ -167,14 +167,14 @@ DIVISOR = 19  # of LSE-6, the number of Cityscapes classes, also for SYNTHIA's 1
 
 
 def kept_images(images, portion):
-    """LSE-6: k, how many images are kept for a class that so many images predict."""
+    """LSE-6: k, how many are kept for a class that is predicted in N_c = `images` images."""
     return min(images, int(images * portion / DIVISOR + 1e-6))  # 1e-6, as 2660 * 0.35 / 19 is 48.99999999999999
 
 
 def select_images(confidence, portion):
     """LSE-6, -8: confidence (M, C) -> sorted indices of T_r, and x* (C,), the best image not kept, -1 for none."""
     selected, reference = set(), []
-    for s in confidence.T:  # class after class, (M,)
+    for s in confidence.T:  # class by class, (M,)
         images = ranked_images(s)
         k = kept_images(len(images), portion)  # LSE-6
         selected.update(images[:k])
@@ -189,7 +189,7 @@ def class_thresholds(confidence, uncertainty, reference):
     of the ranking gives it. If none does, tau is 0 and LSE-10 keeps nothing.
     """
     thresholds = []
-    for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class after class
+    for s, u, best in zip(confidence.T, uncertainty.T.tolist(), reference.tolist()):  # class by class
         images = ranked_images(s)
         not_kept = images[images.index(best):] if best >= 0 else []
         thresholds.append(next((u[image] for image in not_kept if u[image] > 0), 0.0))  # LSE-9
@@ -214,7 +214,7 @@ def random_windows(images, patches, size, generator):
 
 
 def cut(maps, top, left, a, b):
-    """The window of a x b pixels of maps (..., H, W) whose first row and column these are."""
+    """The window of a x b pixels of maps (..., H, W) with its first pixel at row `top`, column `left`."""
     return maps[..., top:top + a, left:left + b]
 
 
@@ -283,7 +283,7 @@ def step_losses(network, source, target, args):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over pixels not labelled 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -313,7 +313,7 @@ def set_lr(optimizer, lr):
 
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
-    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder, resumes from it."""
     network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
@@ -364,7 +364,7 @@ def view_examples(view, images, corners, size):
     """The training examples of --view, [image, n, top, left, a, b]: window n of an image. corners (images, n_p, 2).
 
     enlarged: the method. whole: the whole image n_p times, self-training with the same selection of images and pixels.
-    both: the n_p windows and the whole image, of which the authors' code has a trace that is commented out.
+    both: the n_p windows and the whole image, as in lines of the authors' code that are commented out.
     """
     examples = []
     for image, places in zip(images, corners.tolist()):
@@ -401,7 +401,8 @@ def start_round(model, args, folder, r):
 
     Returns what the log shows. `compare_views` looks at the first window of each image.
     """
-    dataset, portion = common.target_dataset(args, "train"), round_portion(args.portion, args.portion_step, r)  # LSE-13
+    dataset = common.target_dataset(args, "train")
+    portion = round_portion(args.portion, args.portion_step, r)  # LSE-13
     confidence, uncertainty = rank_target(model, dataset, args)
     predicted = int(confidence.isfinite().sum(0).max())
     check_portion(portion, predicted, f"round {r + 1}: no class is predicted in more than {predicted} images")
@@ -482,9 +483,9 @@ class FCN8s(nn.Module):
         pool4 = self.backbone[1](pool3)  # (N, 512, .., ..), stride 16
         fc7 = self.backbone[2](pool4)  # (N, 4096, .., ..), stride 32
         score3, score4 = self.classifier[0](0.0058 * pool3), self.classifier[1](0.58 * pool4)
-        coarse = self.classifier[2](fc7)
+        coarse = self.classifier[2](fc7)  # (N, C, .., ..), stride 32
         with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):  # full-size logits stay fp32
-            score = bilinear_upsampling(coarse.float(), 2)  # stride 16
+            score = bilinear_upsampling(coarse.float(), 2)  # (N, C, .., ..), stride 16
             score = bilinear_upsampling(score + cut(score4, 5, 5, *score.shape[2:]), 2)  # stride 8
             score = bilinear_upsampling(score + cut(score3, 9, 9, *score.shape[2:]), 8)
             return fc7, cut(score, 31, 31, *images.shape[2:])  # (N, C, H, W)
@@ -508,8 +509,8 @@ NETWORKS = {"deeplab": common.DeepLabV2, "fcn8s": FCN8s}
 
 
 # =================================================== meters (ours) ===================================================
-# How far the prediction of an enlarged window is from that of the same pixels in the whole image. The log tells it in
-# every round, for one window of each selected image. result.json tells it for the target's validation images, cut into
+# How far the prediction of an enlarged window is from that of the same pixels in the whole image. The log gives it in
+# every round, for one window of each selected image. result.json gives it for the target's validation images, cut into
 # 2 x 2 windows, `before` (the source-only model under the adaptation's batch norm) and `after`.
 
 
@@ -527,7 +528,7 @@ def view_agreement(patch, whole):
 
 
 def compare_views(model, dataset, corners, args):
-    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), under every --view.
+    """Means of `view_agreement` over the patches at corners (len(dataset), n, 2), whatever --view is.
 
     If the data set has labels, also enlarged_miou: the mIoU of the patches' predictions against the enlarged truth.
     """
@@ -569,22 +570,23 @@ def parse_args():
     add("--iterations", type=common.natural, metavar="T", default=common.by_source(240, 0, small=6000),
         help="adaptation steps, all rounds together; 0: as --epochs says [C]")
     add("--epochs", type=common.count, metavar="N", default=2,
-        help="with --iterations 0: times over the examples of a round, poly decay starting anew in each [C]")
+        help="with --iterations 0: passes over the examples of a round, poly decay anew in each round [C]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 1e-6, small=5e-5),
         help="base learning rate of the adaptation [C]")
     add("--portion", type=common.positive, metavar="p_0", default=common.by_source(1.0, 0.10),
         help="p of the first round: 19 times the share of images that a class keeps [C]")
     add("--portion-step", type=common.weight, metavar="X", default=common.by_source(0.5, 0.05),
-        help="delta_p, its growth per round [C]")
+        help="delta_p, growth of p per round [C]")
     add("--patches", type=common.count, metavar="n_p", default=4, help="random patches per selected image [C]")
     add("--view", choices=("enlarged", "whole", "both"), default="enlarged",
         help="what is shown of the target: half-size windows enlarged by two [C] or, as controls, whole images or both")
     add("--mask-mode", choices=("nearest", "dilate"), default="nearest",
-        help="how the mask of kept pixels is enlarged [U, C]")
+        help="how the mask of kept pixels is enlarged: nearest [U] or dilate [C]")
     add("--focal", action=argparse.BooleanOptionalAction, default=True, help="add LSE-3, the focal loss [C]")
     add("--beta", type=common.weight, metavar="X", default=0.1, help="weight of the focal loss [C]")
-    add("--gamma", type=common.weight, metavar="X", default=3.0, help="its exponent [C; 5 in one notebook]")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror patches, vary their colours [U]")
+    add("--gamma", type=common.weight, metavar="X", default=3.0, help="focal exponent [C; 5 in one notebook]")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="mirror patches, vary their colours (authors: no)")
     args = common.parse(parser)
     if args.size[0] % 16 or args.size[1] % 16:
         parser.error(f"--size {args.size[0]}x{args.size[1]}: expected multiples of 16, for windows of half the size")
@@ -676,7 +678,7 @@ if __name__ == "__main__":
 #     listed three times moves three times per step. Here: each once. To move them about as far as the authors' code,
 #     give --batch-size 1 --lr 3.1e-6 --head-lr 3.3.
 # 10. The published ResNet-101 row of SYNTHIA. The log [N] of just these scores has a learning rate of 1e-12, with which
-#     no weight moves. They are the scores of its start, whose making is unknown, under new batch-norm statistics.
+#     no weight moves. They are the scores of its start, whose origin is unknown, under new batch-norm statistics.
 # 11. Learning rate. Authors: constant for VGG, poly decay in each round for DeepLab. Here: a --ramp, then poly decay
 #     over all --iterations, or in each round with --iterations 0. Constant: --power 0 --ramp 0.
 # 12. Batch. Authors: one source image and one patch, two backward passes. Here: n and n, one backward pass of the sum,
@@ -689,5 +691,5 @@ if __name__ == "__main__":
 # 15. Rounds. Authors: seven at the last commit, in notebooks until the entropy of *validation* images says stop. Up to
 #     500 steps of the last round are never saved. Here: a fixed number, all steps saved. On the toy --iterations is
 #     divided evenly among them. With --iterations 0, --view both has (1 + n_p) / n_p times the steps.
-# 16. Source-only start. Authors: files whose making is partly known. Here: trained by source_only.py or in this file,
+# 16. Source-only start. Authors: files whose origin is partly known. Here: trained by source_only.py or in this file,
 #     FCN8s too, by --optimizer. The authors' Adam begins with the adaptation.

@@ -56,7 +56,7 @@ Equations
     SDCA-4   z_k = log E_{g_k} exp(f.g_k / tau) = f.mu_k / tau + f' Sigma_k f / (2 tau^2)                       [C]
              Jensen's inequality, E log(x) <= log E(x), moves the outer expectation into the logarithm:
     SDCA-5   bound(f, y) = log sum_k exp(z_k) - f.mu_y / tau  >=  l_inf                                         [D]
-             = -log softmax_y(z) + f' Sigma_y f / (2 tau^2), in this form tests/benchmark.py: bound_textbook    [C]
+             = -log softmax_y(z) + f' Sigma_y f / (2 tau^2)          (bound_textbook in tests/benchmark.py)     [C]
     SDCA-6   f' Sigma_k f = sum_d f_d^2 sigma^2_kd     a diagonal covariance [C], for want of memory [T]
     SDCA-7   L_feat = mean bound(source features, y_s) + mean bound(target features, y_t)                       [C]
     SDCA-8   L_out  = the same with logits and their statistics, and with the same labels                       [C]
@@ -235,7 +235,7 @@ def online_labels(logits, delta):
 
 
 def confidence_histogram(prob, bins=2**14):
-    """(C, bins) int64: of the pixels of prob (N, C, H, W), how many are predicted as which class, how confidently.
+    """(C, bins) int64: how many pixels of prob (N, C, H, W) are predicted as each class, by confidence.
 
     Bin i holds [i, i + 1) / bins, the last one also 1. A power of two makes the bin of a float exact.
     """
@@ -269,7 +269,7 @@ def pseudo_labels(prob, thresholds):
 def source_loss(logits, label, lambda_lov):
     """SDCA-1: cross-entropy and Lovasz-softmax of stride-8 logits (N, C, h, w) at the size of the labels (N, H, W)."""
     logits = common.upsample(logits.float(), label.shape[1:])  # (N, C, h, w) -> (N, C, H, W)
-    loss = segmentation_loss(logits, label)  # which leaves them as they are
+    loss = segmentation_loss(logits, label)  # upsamples no further
     if lambda_lov > 0:
         loss = loss + lambda_lov * lovasz_softmax(logits.softmax(1), label)
     return loss  # SDCA-1
@@ -287,7 +287,7 @@ def pooled(statistics):
 
 
 def step_losses(network, statistics, x_s, y_s, x_t, args):
-    """SDCA-9, "loss", and its terms, one step of the adaptation: the whole method, in its order.
+    """SDCA-9, "loss", and its terms: one whole step of the adaptation.
 
     x_s, x_t (N, 3, H, W) source and target images, y_s (N, H, W). statistics: {"feat", "out": ClassStatistics} of the
     source so far, to which this batch is added. Meters beside the losses: "kept", the share of confident target pixels,
@@ -317,7 +317,7 @@ def step_losses(network, statistics, x_s, y_s, x_t, args):
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over pixels not labelled 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -347,7 +347,7 @@ def set_lr(optimizer, lr):
 
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
-    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder, resumes from it."""
     network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
@@ -542,10 +542,10 @@ def parse_args():
     add("--iterations", type=common.natural, metavar="T", default=common.by_source(160, 40000, small=4000),
         help="steps of the contrastive adaptation [C]")
     add("--lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 2.5e-4, small=5e-5),
-        help="its base learning rate [C]")
+        help="base learning rate of the adaptation [C]")
     add("--horizon", type=common.number(float, 1), metavar="X", default=common.by_source(1.0, 1.5625, small=1.0),
         help="end of the poly decay as a multiple of the steps: MAX / STOP [C]")
-    add("--tau", type=common.positive, default=100.0, help="temperature [C]; from 1 down the covariance counts")
+    add("--tau", type=common.positive, default=100.0, help="temperature [C]; at 1 or below the covariance counts")
     add("--delta", type=common.fraction, default=0.9, help="least confidence of a target pixel in the adaptation [C]")
     add("--lambda-lov", type=common.weight, default=0.75,
         help="weight of Lovasz-softmax on source, also in the warm-up [C]")
@@ -553,15 +553,15 @@ def parse_args():
         help="weight of the bound on features [C]; 0 for none")
     add("--lambda-out", type=common.weight, default=common.by_source(10.0, 1.0, small=10.0),
         help="weight of the bound on logits [C]; 0 for none")
-    add("--covariance", action=switch, default=True, help="without: zero covariance, centroid-aware")
+    add("--covariance", action=switch, default=True, help="use the variances; without them: centroid-aware")
     add("--ssl", action=switch, default=True, help="self-supervised training after the adaptation [P]")
-    add("--theta", type=common.fraction, default=0.9, help="upper bound of its pseudo-labels' class thresholds [C]")
+    add("--theta", type=common.fraction, default=0.9, help="upper bound of the class thresholds in SSL [C]")
     add("--from-scratch-ssl", action=switch, default=common.by_source(False, True, small=False),
-        help="start it from the backbone's weights [C]; else from the adapted model")
+        help="start SSL from the backbone's weights [C]; else from the adapted model")
     add("--ssl-iterations", type=common.natural, metavar="T", default=common.by_source(80, 20000, small=2000),
-        help="its steps [C]")
+        help="steps of SSL [C]")
     add("--ssl-lr", type=common.positive, metavar="X", default=common.by_source(2e-4, 5e-4, small=5e-5),
-        help="its base learning rate [C]")
+        help="base learning rate of SSL [C]")
     return common.parse(parser)
 
 

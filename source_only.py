@@ -15,13 +15,13 @@ The algorithm, which the other files repeat as their warm-up:
 6. Evaluate the *last* checkpoint on the target's validation split: one confusion matrix, labels at full resolution.
 
 equation                                                       function
-SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   V: pixels with y_i != 255
+SRC-1   L_seg = -(1/|V|) sum_{i in V} log P_i(y_i)             segmentation_loss   P: softmax; V: y_i != 255
 SRC-2   lr(t) = lr_0 (1 - t/T)^0.9                             poly_lr             t: steps done, T of them, lr_0: --lr
 
 On real data the recipe is the one of the DeepLabV2 and adaptation literature (SGD, momentum 0.9, weight decay 5e-4,
 poly 0.9, head x10); iterations, batch and crop are this project's own choice, the same for all methods. No result of
-any paper is claimed for them. Batch norm: pretrained statistics stay frozen unless --batch-norm says otherwise; from
-random weights it is live, because nothing else learns. --preset small is for one small GPU and an evening: ResNet-50 at
+any paper is claimed for them. Batch norm: pretrained statistics stay frozen unless --batch-norm says otherwise; with
+random weights it is live, or nothing would be learned. --preset small is for one small GPU and an evening: ResNet-50 at
 256x512, AdamW, live batch norm. Nobody has measured it on the real data yet.
 
 The printed table has a second column, `+ BN target`: the same weights with batch-norm statistics estimated on
@@ -44,7 +44,7 @@ import common
 
 # --- same in every method file ---
 def segmentation_loss(logits, label):
-    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over the pixels not 255.
+    """Cross-entropy of logits (N, C, h, w), upsampled, against labels (N, H, W); mean over pixels not labelled 255.
 
     No valid pixel: a zero that is connected to the graph.
     """
@@ -74,7 +74,7 @@ def set_lr(optimizer, lr):
 
 
 def train_source(model, dataset, args, run, file, steps, lr, criterion=segmentation_loss):
-    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder and resumes there."""
+    """Supervised training of `model` in place; keeps its checkpoints in `file` of the run folder, resumes from it."""
     network, optimizer = common.distribute(model, args), make_optimizer(model, args)
     start = run.load(file, model, optimizer=optimizer)
     model.train()
