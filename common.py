@@ -99,16 +99,14 @@ def label_ids(classes):
 def id_table(classes, column):
     """uint8 (256,): id on disk -> index into `classes`, 255 for every other id. column 0: labelIds, 1: SYNTHIA."""
     table = np.full(256, IGNORE, np.uint8)
-    for index, name in enumerate(classes):
-        table[_CLASSES[name][column]] = index
+    table[[_CLASSES[name][column] for name in classes]] = range(len(classes))
     return table
 
 
 def palette(classes):
     """uint8 (256, 3): colour of each class index in the official Cityscapes colours; 255 (ignore) is black."""
     colours = np.zeros((256, 3), np.uint8)
-    for index, name in enumerate(classes):
-        colours[index] = _CLASSES[name][2]
+    colours[:len(classes)] = [_CLASSES[name][2] for name in classes]
     return colours
 
 
@@ -140,8 +138,7 @@ def read_label(path):
     """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
     image = open_image(path, "label")
     if image.format != "PNG" or image.mode not in ("L", "P"):  # a JPEG would blur ids
-        raise InputError(f"{path}: expected a PNG with one channel of 8-bit class ids, found {image.format} of mode "
-                         f"{image.mode}")
+        raise InputError(f"{path}: expected a PNG of 8-bit class ids, found {image.format} of mode {image.mode}")
     return np.array(image)
 
 
@@ -180,16 +177,12 @@ def list_images(folder, pattern="*"):
     if not paths:
         raise InputError(f"{folder}: no image found; expected files like {pattern}.png")
     if broken := [path for path in paths if not path.is_file()]:
-        raise InputError(f"{broken[0]}: a link to nothing, or a folder, where an image should be ({len(broken)} of "
-                         f"{len(paths)} are)")
+        raise InputError(f"{broken[0]}: a link to nothing or a folder, no image ({len(broken)} of {len(paths)} are)")
     return paths
 
 
 def unique_names(paths, folder):
-    """A name for every path below `folder` that no other has: its stem, or if that repeats its place below `folder`.
-
-    Such a place, as in "201/frame0029", makes folders of its own where files are written under these names.
-    """
+    """Distinct names of paths below `folder`: the stem or, where that repeats, the place, such as "201/frame0029"."""
     names = [path.stem for path in paths]
     for tell in (lambda path: path.with_suffix(""), lambda path: path):  # with the suffix where x.png and x.jpg exist
         times = collections.Counter(names)
@@ -275,10 +268,7 @@ def make_item(image, label, name, size, augment, full_label=False):
     label = None if label is None else torch.from_numpy(np.ascontiguousarray(label))
     if augment is not None:
         image, label = augment(image, label)
-    item = {"image": image.contiguous(), "name": name}
-    if label is not None:
-        item["label"] = label.long()
-    return item
+    return {"image": image.contiguous(), "name": name, **({} if label is None else {"label": label.long()})}
 
 
 class GTA5(Dataset):
@@ -290,6 +280,7 @@ class GTA5(Dataset):
     """
 
     folders, read_ids, table = ("GTA5/images", "GTA5/labels"), staticmethod(read_label), id_table(CLASSES, 0)
+    label_dir, full_label = None, False  # see Cityscapes
 
     def __init__(self, root, size=None, augment=None):
         pictures, labels = (find_folder(root, folder) for folder in self.folders)
@@ -301,8 +292,12 @@ class GTA5(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, label = read_image(self.images[index]), self.table[self.read_ids(self.labels[index])]
-        return make_item(image, label, self.names[index], self.size or image.size[::-1], self.augment)
+        name, image, label = self.names[index], read_image(self.images[index]), None
+        if self.label_dir is not None:
+            label = read_label(Path(self.label_dir) / f"{name}.png")
+        elif self.labels is not None:
+            label = self.table[self.read_ids(self.labels[index])]
+        return make_item(image, label, name, self.size or image.size[::-1], self.augment, self.full_label)
 
 
 class Synthia(GTA5):
@@ -312,15 +307,13 @@ class Synthia(GTA5):
     read_ids, table = staticmethod(read_synthia_label), id_table(SYNTHIA_16, 1)
 
 
-class Cityscapes(Dataset):
+class Cityscapes(GTA5):
     """Target: root/cityscapes/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/.../*_gtFine_labelIds.png.
 
     labelled    open the label files; default: every split but train, whose labels stay closed
     label_dir   take the labels from this folder instead (pseudo-labels, NAME.png, class indices)
     full_label  keep labels at full resolution while images are resized: the evaluation protocol
     """
-
-    read_ids = staticmethod(read_label)
 
     def __init__(self, root, split="train", size=None, augment=None, classes=CLASSES, labelled=None, label_dir=None,
                  full_label=False):
@@ -333,17 +326,6 @@ class Cityscapes(Dataset):
                 folder / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"))
         self.size, self.augment, self.label_dir, self.full_label = size, augment, label_dir, full_label
         self.table = id_table(classes, 0)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        name, label = self.names[index], None
-        if self.label_dir is not None:
-            label = read_label(Path(self.label_dir) / f"{name}.png")
-        elif self.labels is not None:
-            label = self.table[self.read_ids(self.labels[index])]
-        return make_item(read_image(self.images[index]), label, name, self.size, self.augment, self.full_label)
 
 
 def source_dataset(args, augment=None):
@@ -472,8 +454,6 @@ def training_batches(dataset, args, seed, start, stop, jitter=0.3, share=1):
 
     Images come in other colours, by `jitter` (0: as they are), and normalised. With None they are left as bytes, for a
     method that makes views of its own. share: how many of these work at the same time, each with its part of --workers.
-
-    InputError if no pixel of the first hundred steps has a label.
     """
     global waited
     batches = iter(load(Batches(dataset, args.batch_size, seed), args, share, batch_size=None,
@@ -496,14 +476,10 @@ def training_batches(dataset, args, seed, start, stop, jitter=0.3, share=1):
 
 
 def evaluation_batches(dataset, args):
-    """Yields every picture of a data set once, in order, as batches with `image` on the device, normalised.
-
-    Under torchrun each process has every n-th picture.
-    """
+    """Yields a data set's pictures in order (under torchrun every n-th) in batches, normalised on the device."""
     batch_size = 8 if args.source == "toy" else 1  # full-resolution labels may differ in size
     for batch in load(dataset, args, batch_size=batch_size, sampler=range(rank(), len(dataset), world_size())):
-        batch["image"] = normalise(batch["image"].to(args.device, non_blocking=True))
-        yield batch
+        yield {**batch, "image": normalise(batch["image"].to(args.device, non_blocking=True))}
 
 
 # ===================================================== networks =====================================================
@@ -527,8 +503,7 @@ class DeepLabV2(nn.Module):
     at 8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
-              of this backbone, for resnet14 of ResNet-18. Only what the network uses must be in it. A file that does
-              not fit is an InputError.
+              of this backbone, for resnet14 of ResNet-18. Only what the network uses must be in it.
     """
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
@@ -542,10 +517,8 @@ class DeepLabV2(nn.Module):
             dilate(net.layer3, 2)
             dilate(net.layer4, 4)
             stages = [net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4]
-            self.feature_dim = net.fc.in_features
-            if backbone == "resnet14":
-                stages, self.feature_dim = stages[:-1], net.layer4[0].conv1.in_channels
-            self.backbone = nn.Sequential(*stages)
+            self.backbone = nn.Sequential(*stages[:7 if backbone == "resnet14" else 8])
+            self.feature_dim = 256 if backbone == "resnet14" else net.fc.in_features
         self.classifier = nn.ModuleList(
             nn.Conv2d(self.feature_dim, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
         for branch in self.classifier:
@@ -610,9 +583,8 @@ def vgg16_stride_8(net):
     The form of the SDCA and FADA code; the two last convolutions start at random, not from VGG's classifier.
     """
     layers = [layer for i, layer in enumerate(net.features) if i not in (23, 30)]  # pool4, pool5
-    for layer in layers[-6:]:  # conv5_1 .. conv5_3
-        if isinstance(layer, nn.Conv2d):
-            layer.dilation = layer.padding = (2, 2)
+    for convolution in layers[-6::2]:  # conv5_1 .. conv5_3, each before its ReLU
+        convolution.dilation = convolution.padding = (2, 2)
     for channels in (512, 1024):
         layers += [nn.Conv2d(channels, 1024, 3, padding=4, dilation=4), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
@@ -726,8 +698,7 @@ class MeanIoU:
         pred, label = pred[valid].long(), label[valid].long()
         if len(pred) and not (0 <= min(pred.min(), label.min()) and max(pred.max(), label.max()) < classes):
             raise ValueError(f"a prediction or label is not one of {classes} classes")
-        pairs = label * classes + pred
-        counts = torch.bincount(pairs, minlength=classes * classes)
+        counts = torch.bincount(label * classes + pred, minlength=classes * classes)
         self.confusion = self.confusion.to(pred.device) + counts.view(classes, classes)
 
     def sum_processes(self, device):
@@ -768,28 +739,24 @@ def predict(model, images, size, args, scales=(1.0,), flip=False):
     return total / (len(scales) * (1 + flip))
 
 
-def predictions(model, dataset, args, flip=False):
-    """Yields each batch of this process's share of a data set and its probabilities (N, C, H, W)."""
+def predictions(model, dataset, args, scales=(1.0,), flip=False):
+    """Yields the batches of this process's share of a data set and probabilities (N, C, H, W) at the labels' size."""
     model.eval()
     for batch in evaluation_batches(dataset, args):
-        yield batch, predict(model, batch["image"], batch["image"].shape[2:], args, flip=flip)
+        yield batch, predict(model, batch["image"], batch.get("label", batch["image"]).shape[-2:], args, scales, flip)
 
 
 def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
     """`scores` of a model on labelled data, at the labels' own resolution. `visit(batch, pred (N, H, W))` sees all."""
-    was_training, classes = model.training, task_classes(args.source)
-    model.eval()
+    classes = task_classes(args.source)
     metric, rare_looks = MeanIoU(len(classes)), MeanIoU(len(classes))
-    for batch in evaluation_batches(dataset, args):
-        label = batch["label"].to(args.device)
-        prob = predict(model, batch["image"], label.shape[1:], args, scales, flip)  # (N, C, H, W)
-        pred = prob.max(1).indices  # (N, H, W); on a CPU much faster than argmax
+    for batch, prob in predictions(model, dataset, args, scales, flip):
+        label, pred = batch["label"].to(args.device), prob.max(1).indices  # (N, H, W); on a CPU much faster than argmax
         metric.update(pred, label)
         if "look" in batch:  # the toy's
             rare_looks.update(pred, torch.where(batch["look"].to(args.device) == 2, label, IGNORE))
         if visit is not None:
             visit(batch, pred)
-    model.train(was_training)
     for part in (metric, rare_looks):
         part.sum_processes(args.device)
     result = scores(metric, classes)
@@ -812,9 +779,8 @@ def evaluate_target(model, args, split="val", **options):
 
 def evaluate_source_only(model, args):
     """Table columns of a source-only model: as it is, and with batch-norm statistics estimated on the target."""
-    columns, adapted = {"source only": evaluate_target(model, args)}, copy.deepcopy(model)
-    for parameter in adapted.parameters():
-        parameter.requires_grad_(True)  # so that frozen norms take part
+    columns = {"source only": evaluate_target(model, args)}
+    adapted = copy.deepcopy(model).requires_grad_(True)  # so that frozen norms take part
     if live_batch_norms(adapted):
         estimate_batch_norm(adapted, target_dataset(args, "train", training_augment(args)), args)
         columns["+ BN target"] = evaluate_target(adapted, args)
@@ -822,10 +788,7 @@ def evaluate_source_only(model, args):
 
 
 def compare_with_source_only(models, args, run, source_model, **meters):
-    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
-
-    meters: {name: number}, what the method measures of its own idea. A target without labels: the picture alone.
-    """
+    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture."""
     columns = evaluate_source_only(source_model, args) if run.scorable else {}
     columns.update({title: evaluate_target(model, args) for title, model in models.items() if run.scorable})
     run.finish(columns, **meters)
@@ -836,10 +799,9 @@ def scores(metric, classes):
     """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
-    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
-    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
-    predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance), what
-    a classifier that balances its classes keeps low.
+    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. `share`
+    tells how many of the labelled pixels each class takes as predicted and in truth; `histogram_distance` is half the
+    sum of their differences (total variation distance).
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -907,12 +869,9 @@ def some(dataset, number):
 
 
 def comparison_panel(path, models, args, split="val", scenes=4):
-    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target.
-
-    A target without labels has no truth to show; its pictures are then those of the train split.
-    """
+    """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
     classes, labelled, rows = task_classes(args.source), scorable(args), []
-    split = split if labelled else "train"
+    split = split if labelled else "train"  # without labels there may be no other, and there is no truth to show
     for item in some(target_dataset(args, split, labelled=labelled), scenes):
         label = item.get("label")
         row = [to_picture(item["image"])] + ([colour_label(label, classes)] if labelled else [])
@@ -990,23 +949,18 @@ def add_machine_flags(parser):
 
 
 def shared_parser(doc, adapts=False):
-    """The parser with the flags that mean the same in every script; each file adds its paper's own.
-
-    doc: the script's docstring, whose first paragraph becomes the description. adapts: also those of every method.
-    """
+    """The parser of a script with docstring `doc`: the flags that mean the same everywhere; adapts: in every method."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_data_flags(parser)
-    add("--preset", choices=("small",),
-        help="small: for gta5 and synthia, an evening on one small GPU (computed, not measured); None: full size")
+    add("--preset", choices=("small",), help="gta5, synthia: an evening on one small GPU (computed, not measured)")
     add("--out", type=os.path.expanduser, metavar="DIR", help="run folder; None means runs/METHOD-SOURCE-sSEED")
     add("--resume", action="store_true", help="continue the run in its folder, on the CPU to the bit")
     add("--backbone", choices=BACKBONES, default=by_source("resnet14", "resnet101", small="resnet50"),
         help="network under the DeepLabV2 head")
     add("--backbone-weights", type=os.path.expanduser, metavar="FILE|imagenet|none",
-        default=by_source("none", "imagenet"),
-        help="its start: a torchvision state dict, torchvision's download, or random")
+        default=by_source("none", "imagenet"), help="its start: torchvision's state dict, its download, or random")
     add("--size", type=height_width, metavar="HxW", default=by_source((80, 160), (512, 1024), small=(256, 512)),
         help="working size of target images, and of evaluation")
     add("--source-size", type=height_width, metavar="HxW",
@@ -1049,25 +1003,18 @@ def shared_parser(doc, adapts=False):
 def parse(parser, argv=None):
     """Parsed arguments with every default that depends on the source and the preset filled in."""
     args = parser.parse_args(argv)
-    preset = getattr(args, "preset", None)  # common.py itself has none
-    if args.source == "toy" and preset:
-        parser.error(f"--preset {preset} without --source gta5 or synthia: the toy world is small already")
-    if args.source == "toy" and args.data_root:
-        parser.error("--data-root without --source gta5 or synthia: the toy world reads no data")
-    if args.source == "toy" and isinstance(getattr(args, "source_size", None), tuple):
-        parser.error("--source-size without --source gta5 or synthia: the toy world draws everything at --size")
-    if not isinstance(getattr(args, "size", None), (BySource, type(None))):
-        for key in ("source_size", "crop"):
-            if isinstance(getattr(args, key), BySource):
-                setattr(args, key, args.size)
+    for flag, given, reason in (("--preset", args.preset, "is small already"),
+                                ("--data-root", args.data_root, "reads no data"),
+                                ("--source-size", isinstance(args.source_size, tuple), "draws everything at --size")):
+        if args.source == "toy" and given:
+            parser.error(f"{flag} without --source gta5 or synthia: the toy world {reason}")
+    as_size = {key: args.size for key in ("source_size", "crop") if isinstance(args.size, tuple)}
     for key, value in vars(args).items():
         if isinstance(value, BySource):
-            setattr(args, key, value.get(preset, value[args.source]))
-    if args.source == "toy" and hasattr(args, "size"):
-        args.source_size = args.size
-    if getattr(args, "compile", False) is None:
+            setattr(args, key, as_size.get(key, value.get(args.preset, value[args.source])))
+    if args.compile is None:
         args.compile = args.device == "cuda" and args.source != "toy"
-    if hasattr(args, "scale_jitter") and args.scale_jitter[0] > args.scale_jitter[1]:
+    if args.scale_jitter[0] > args.scale_jitter[1]:
         parser.error(f"--scale-jitter {args.scale_jitter[0]} {args.scale_jitter[1]}: expected LOW HIGH")
     return args
 
@@ -1093,22 +1040,22 @@ class Run:
     """The folder of one run, and of no other: args.json, log.jsonl, checkpoints, panel.png, result.json.
 
     Also holds what every loop asks between two steps: whether to log, to save, to score, and the time spent.
-    `scorable` tells whether the target has validation labels.
     """
 
     current = None  # the run of this process; `run` tells what is left of it
+    stage = None  # of the last step; `stage_step` and `stage_started` are its first in this session
 
     def __init__(self, method, args):
         self.method, self.args = method, args
         self.folder = Path(args.out or f"runs/{method}-{args.source}-s{args.seed}")
-        self.seconds_before, self.started = 0.0, time.time()
-        self.stage, self.stage_step, self.stage_started = None, 0, 0.0  # the first step of the stage in this session
-        self.line_at, self.waited = time.time(), waited  # when the last line was logged, and `waited` then
+        self.started = self.line_at = time.time()
+        self.waited = waited  # at `line_at`, when the last line was logged
         start_processes(args)
-        self.scorable = check_data(args)
+        self.scorable = check_data(args)  # whether the target has validation labels
         torch.manual_seed(args.seed)
         settings = json.loads(json.dumps({"method": method, **vars(args)}))
         lines = self.check_resume(settings) if args.resume else []
+        self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
         if not args.resume and self.folder.is_dir() and any(self.folder.glob("[!.]*.pt")):
             raise InputError(f"{self.folder}: holds a run already; add --resume to continue it or choose another --out")
         if rank() == 0:
@@ -1119,8 +1066,6 @@ class Run:
             if not self.scorable:
                 print("the target has no validation labels (cityscapes/gtFine/val): this run trains and saves, but "
                       "nothing can be scored", flush=True)
-        if lines:
-            self.seconds_before = lines[-1].get("seconds", 0.0)
         Run.current = self
         if world_size() > 1:
             dist.barrier()  # all have looked at the folder before anybody writes a checkpoint
@@ -1149,9 +1094,8 @@ class Run:
     def log_step(self, stage, step, steps, **values):
         """Every `log_every` steps a line on the screen and in log.jsonl; stops the run at a NaN or infinite value.
 
-        values: numbers or scalar tensors. On a GPU they are read only when they are logged or about to be saved,
-        because reading them makes the processor wait for the GPU. Where more than 3 % of the time since the last line
-        went by in waiting for pictures, the line says so (`waiting`).
+        values: numbers or scalar tensors, which on a GPU are read only when a line or a checkpoint is due, as reading
+        waits for it. `waiting`: share of the time since the last line spent in waiting for pictures, if above 3 %.
         """
         if stage != self.stage:
             self.stage, self.stage_step, self.stage_started = stage, step, time.time()
@@ -1163,8 +1107,7 @@ class Run:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise InputError(f"{stage} step {step}: not finite ({terms})")
         if logged:
-            share = (waited - self.waited) / max(time.time() - self.line_at, 1e-9)
-            if share > 0.03:
+            if (share := (waited - self.waited) / max(time.time() - self.line_at, 1e-9)) > 0.03:
                 values["waiting"] = round(share, 2)
             self.line_at, self.waited = time.time(), waited
             seconds = time.time() - self.stage_started
@@ -1203,11 +1146,7 @@ class Run:
             self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
 
     def save(self, file, step, model, **parts):
-        """Writes a checkpoint atomically: tensors, numbers, strings and plain dicts.
-
-        It holds what `unpack_model` needs to rebuild the model anywhere, the step, the random numbers' state (dropout)
-        and the state_dict of each named part.
-        """
+        """Writes a checkpoint: what `unpack_model` needs, step, random state (dropout), the state_dict of each part."""
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite")
@@ -1242,12 +1181,10 @@ class Run:
         if rank() > 0:
             return
         own = own or (list(columns) or [None])[-1]
-        peak = torch.cuda.max_memory_allocated() if self.args.device == "cuda" else peak_memory()
         result = {**columns.get(own, {}), "own": own, "columns": columns, "meters": meters,
                   "versions": versions(self.args.device), "seconds": round(self.seconds(), 1),
-                  "peak_memory_gb": round(peak / 2**30, 2)}
-        looks = [line for line in self.logged() if line.get("val_miou") is not None]
-        if looks:
+                  "peak_memory_gb": round(peak_memory(self.args.device) / 2**30, 2)}
+        if looks := [line for line in self.logged() if line.get("val_miou") is not None]:
             best = result["best_on_validation"] = max(looks, key=lambda line: line["val_miou"])
             print(f"\noracle, chosen by target labels: best mIoU on the way {best['val_miou']:.1f} "
                   f"({best['stage']} {best['step']})")
@@ -1279,13 +1216,14 @@ def check_data(args):
     return labelled
 
 
-def peak_memory():
-    """Peak resident memory of this process in bytes, 0 where the system does not tell (Windows)."""
-    try:
+def peak_memory(device):
+    """Peak memory in bytes: of the GPU, or resident of this process, 0 where the system does not tell (Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def versions(device):
@@ -1420,15 +1358,15 @@ def in_one_line(error):
     text = str(error)
     if isinstance(error, InputError):  # from a loader process it comes with that process's traceback in front
         return one_line(error).removeprefix("common.InputError: ")
-    if isinstance(error, OSError):  # of files: a full disk, no permission, too many open
-        return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory; use less with --precision bf16, --batch-size 1, a smaller --crop or --preset small"
+    if isinstance(error, OSError):  # of files: a full disk, no permission, too many open
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({one_line(error)[:100]}); it needs a C compiler; go on with --no-compile"
     if "DataLoader worker (pid" in text or "shared memory" in text:  # not an error of ours in such a process
         return (f"a process that reads pictures has died ({one_line(error)[:100]}); its memory or /dev/shm may be too "
                 "small: fewer --workers, or --workers 0")
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({one_line(error)[:100]}); it needs a C compiler; go on with --no-compile"
     return None
 
 
@@ -1469,8 +1407,7 @@ def distribute(module, args):
     """
     if world_size() > 1:
         if next(module.parameters()).device.type == "cpu" and live_batch_norms(module):
-            raise InputError("several processes on CPUs need --init and --batch-norm frozen or target, or a network "
-                             "without batch norm: torch synchronises live batch norm on GPUs only")
+            raise InputError("live batch norm in several processes needs GPUs; give --init and --batch-norm target")
         module = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     return compiled(module, args)
 
@@ -1541,6 +1478,7 @@ def main():
     add = parser.add_argument
     add("--samples", type=natural, default=100, metavar="N", help="images to read per data set, 0 for all")
     add("--picture", type=Path, default="preview.png", metavar="FILE.png", help="where to draw the preview")
+    parser.set_defaults(preset=None, size=None, source_size=None, compile=False, scale_jitter=(1, 1))  # parse asks
     args = parse(parser)
     if args.picture.suffix.lower() not in PICTURES:
         parser.error(f"--picture {args.picture}: expected a name that ends in .png")

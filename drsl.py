@@ -526,7 +526,10 @@ def label_target(model, args, folder, portion):
 
     predictions = common.predictions(model, dataset, args, flip=True)  # all images
     labelled = ((batch, pseudo_labels(prob, tau)) for batch, prob in predictions)
-    return {"portion": portion, **common.write_pseudo_labels(folder, labelled, args)}
+    labels = common.write_pseudo_labels(folder, labelled, args)
+    if labels["kept"] == 0:
+        raise common.InputError(f"{folder}: a portion of {portion} leaves no labelled pixel; choose another")
+    return {"portion": portion, **labels}
 
 
 # =================================================== meters (ours) ===================================================

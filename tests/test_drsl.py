@@ -766,6 +766,11 @@ def test_several_processes_start_from_the_first_one_s_modes(monkeypatch):
         assert given[-1].any() == (rank == 0) and torch.equal(head.representatives, given[-1] + 5)
 
 
+def test_labels_without_a_labelled_pixel_stop_the_run(play):
+    with pytest.raises(common.InputError, match="a portion of 0.0 leaves no labelled pixel"):
+        play("--rounds", 1, "--portion", 0)
+
+
 def test_pseudo_labels_are_those_of_the_equations(play):
     """Written labels and what the log says of them, once more from the model that labelled, in two ways around."""
     entry = entries(play("--rounds", 1, "--portion", 0.4), "label_target")[0]
