@@ -228,7 +228,7 @@ class SelfLabelingHead(nn.Module):
 
 
 class MemoryBank:
-    """The last `size` pixels, oldest first. Until it is full, `memory` (n, dim) is shorter."""
+    """The last `size` pixels, oldest first. Until it is full, `items()` is shorter."""
 
     def __init__(self, size, dim, device=None):
         self.size, self.memory = size, torch.zeros(0, dim, device=device)
@@ -237,6 +237,9 @@ class MemoryBank:
         """Appends items (n, dim); the oldest fall out."""
         memory = torch.cat([self.memory, items.detach().to(self.memory)])
         self.memory = memory[max(0, len(memory) - self.size):]
+
+    def items(self):
+        return self.memory  # (n, dim), n <= size
 
     @property
     def full(self):

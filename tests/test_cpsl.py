@@ -146,17 +146,17 @@ def test_sinkhorn_with_classes_of_zero_mass_and_cosines_at_their_ends():
 def test_bank_is_first_in_first_out():  # P10
     bank = MemoryBank(65536, 4)
     for push in range(256):
-        assert not bank.full and len(bank.usable()) == 0 and len(bank.memory) == 256 * push
+        assert not bank.full and len(bank.usable()) == 0 and len(bank.items()) == 256 * push
         bank.push(torch.full((256, 4), float(push)))
-    assert bank.full and bank.usable() is bank.memory
+    assert bank.full and bank.usable() is bank.items()
     bank.push(torch.full((256, 4), 256.0))
-    assert bank.memory.shape == (65536, 4) and bank.full
-    torch.testing.assert_close(bank.memory[:, 0], torch.arange(1.0, 257).repeat_interleave(256))
+    assert bank.items().shape == (65536, 4) and bank.full
+    torch.testing.assert_close(bank.items()[:, 0], torch.arange(1.0, 257).repeat_interleave(256))
     small, none = MemoryBank(3, 1), MemoryBank(0, 1)
     small.push(torch.arange(5.0)[:, None].requires_grad_())
-    assert small.memory.tolist() == [[2], [3], [4]] and not small.memory.requires_grad
+    assert small.items().tolist() == [[2], [3], [4]] and not small.items().requires_grad
     none.push(torch.ones(2, 1))
-    assert none.full and none.memory.shape == none.usable().shape == (0, 1)
+    assert none.full and none.items().shape == none.usable().shape == (0, 1)
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -532,7 +532,7 @@ def test_every_term_of_a_step_equals_its_independent_value(settings):  # CPSL-1 
     assert set(terms) == set(expected)
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value, rel=3e-5, abs=2e-6), name
-    torch.testing.assert_close(step.bank.memory.double(), memory, atol=1e-5, rtol=0)
+    torch.testing.assert_close(step.bank.items().double(), memory, atol=1e-5, rtol=0)
     if step.args.rectify:
         assert 0.1 < expected["changed"] < 0.9  # neither the warm-up model nor the prototypes alone decide
 
@@ -550,7 +550,7 @@ def test_each_term_reaches_the_weights_that_it_should(term):  # P6
         step.network.backbone.weight, step.network.classifier.weight, step.head.prototypes)]
     assert tuple(reached) == ROUTES[term]
     frozen = [*step.warm_up.parameters(), *step.momentum.parameters(), *step.momentum_head.parameters()]
-    assert all(p.grad is None for p in frozen) and not step.bank.memory.requires_grad
+    assert all(p.grad is None for p in frozen) and not step.bank.items().requires_grad
 
 
 def test_who_labels_sees_the_clean_picture_and_who_learns_the_jittered_one():
@@ -866,7 +866,7 @@ def watched(folder, start, *flags, unit=True):
         before = {name: weights(m) for name, m in given.items()}  # its forwards move batch norm's statistics
         terms = true_step(models, source, images, args, number)
         note("step", number=number, source=source, images=images, args=args, before=before, terms=terms.keys(),
-             given=given, self_labeling=models.self_labeling, filled=len(models.bank.memory),
+             given=given, self_labeling=models.self_labeling, filled=len(models.bank.items()),
              training={name: m.training for name, m in given.items()},
              live=len(common.live_batch_norms(given["momentum"])))
         return pull(terms, given["model"], models.head)
