@@ -28,8 +28,8 @@ The printed table has a second column, `+ BN target`: the same weights with batc
 unlabelled target images. That is already a known adaptation, so it stands in every comparison. (VGG16 has no batch
 norm, hence no such column.)
 
-Expect on the toy (world 0, mean of seeds 0 to 4 at commit b70b40b): source only 32.7, with re-estimated batch norm
-33.0, oracle 45.1 mIoU. It takes 5 minutes on one thread of an AVX2 core and 0.9 GB.
+Expect on the toy (mean ± standard deviation over the README's eight worlds): source only 30.8 ± 1.1, with re-estimated
+batch norm 31.7 ± 1.2, oracle 44.1 ± 1.3 mIoU. It takes 3 minutes on one thread of an AVX2 core and 0.9 GB.
 
     python source_only.py                                       # toy world, no data, a CPU will do
     python source_only.py --oracle

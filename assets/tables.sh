@@ -39,10 +39,11 @@ for w in $worlds; do
     train no_contrast sdca.py $start $sdca_length --lambda-feat 0 --lambda-out 0
 done
 
-# The first table; then each method against plain self-training, its host (the idea off) against that, and the idea on
-# against off.
+# The first table. Then each method against source only and against plain self-training, its host (the idea off) against
+# that, and the idea on against off.
 python evaluate.py --summary $(of source plain lse cpsl sdca drsl oracle)
-for pair in lse:plain cpsl:plain sdca:plain drsl:plain \
+for pair in lse:source cpsl:source sdca:source drsl:source \
+            lse:plain cpsl:plain sdca:plain drsl:plain \
             whole:plain fixed_labels:plain no_contrast:plain one_mode:plain \
             lse:whole cpsl:fixed_labels cpsl:held sdca:no_contrast drsl:one_mode
 do
