@@ -662,6 +662,7 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
     memory = told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert all(flag in memory for flag in ("--precision bf16", "--batch-size 1", "--crop", "--preset small"))
     assert told(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")) == memory
+    assert told(OSError(12, "Cannot allocate memory")) == memory  # where loader processes are made
     run = common.Run("drsl", settings(out=str(tmp_path / "run")))
     assert told(MemoryError()) == memory  # there is no checkpoint yet
     assert told(OSError(24, "Too many open files")).startswith("error: a file: Too many open files")
@@ -672,7 +673,9 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch):
                            "last):\n  ...\ncommon.InputError: x.png: torn\n"))
     assert torn == f"error: x.png: torn; the last checkpoint is {run.folder / 'last.pt'}"
     from torch._inductor.exc import InvalidCxxCompiler
-    assert "--no-compile" in told(InvalidCxxCompiler())
+    broken = InvalidCxxCompiler()
+    for broken.args in (broken.args, ("out of resource: shared memory",)):
+        assert "--no-compile" in told(broken)
     for ours in ("ours", "Caught RuntimeError in DataLoader worker process 0.\nOriginal ...\nRuntimeError: ours"):
         with pytest.raises(RuntimeError, match="ours"):
             common.run(lambda: (_ for _ in ()).throw(RuntimeError(ours)))
