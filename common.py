@@ -454,6 +454,8 @@ def training_batches(dataset, args, seed, start, stop, jitter=0.3, share=1):
 
     Images come in other colours, by `jitter` (0: as they are), and normalised. With None they are left as bytes, for a
     method that makes views of its own. share: how many of these work at the same time, each with its part of --workers.
+
+    InputError if no pixel of the first hundred steps has a label.
     """
     global waited
     batches = iter(load(Batches(dataset, args.batch_size, seed), args, share, batch_size=None,
@@ -503,7 +505,8 @@ class DeepLabV2(nn.Module):
     at 8 j + 3.5.
 
     weights   "none": random; "imagenet": downloaded by torchvision; otherwise the path of a torchvision state dict
-              of this backbone, for resnet14 of ResNet-18. Only what the network uses must be in it.
+              of this backbone, for resnet14 of ResNet-18. Only what the network uses must be in it. A file that does
+              not fit is an InputError.
     """
 
     def __init__(self, num_classes, backbone="resnet101", weights="none"):
@@ -788,7 +791,10 @@ def evaluate_source_only(model, args):
 
 
 def compare_with_source_only(models, args, run, source_model, **meters):
-    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture."""
+    """The end of every method: {title: model} beside the run's source-only model, as table, result.json and picture.
+
+    meters: {name: number}, what the method measures of its own idea. A target without labels: the picture alone.
+    """
     columns = evaluate_source_only(source_model, args) if run.scorable else {}
     columns.update({title: evaluate_target(model, args) for title, model in models.items() if run.scorable})
     run.finish(columns, **meters)
@@ -799,9 +805,9 @@ def scores(metric, classes):
     """The plain dict that result.json and the tables hold: IoU per class and means, in percent, None for NaN.
 
     `miou` is the mean over the classes that occur in the labels: for SYNTHIA's task the mIoU over 16. There `miou13`
-    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. `share`
-    tells how many of the labelled pixels each class takes as predicted and in truth; `histogram_distance` is half the
-    sum of their differences (total variation distance).
+    stands beside it, another mean over the same 16-class predictions; `rare` is the mean over the long tail. A mean
+    over classes of which none occurs is None. `share` tells how many of the labelled pixels each class takes as
+    predicted and in truth; `histogram_distance` is half the sum of their differences (total variation distance).
     """
     def mean(names):
         indices = [i for i in metric.present() if classes[i] in names]
@@ -1146,7 +1152,9 @@ class Run:
             self.log(f"{stage} oracle", f"{step}/{steps}", val_miou=evaluate_target(copied, self.args)["miou"])
 
     def save(self, file, step, model, **parts):
-        """Writes a checkpoint: what `unpack_model` needs, step, random state (dropout), the state_dict of each part."""
+        """Writes a checkpoint atomically: what `unpack_model` needs to rebuild the model anywhere, the step, the random
+        numbers' state (dropout) and the state_dict of each named part.
+        """
         args, states = self.args, {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
         if not all(torch.isfinite(t).all() for state in states.values() for t in state.values() if torch.is_tensor(t)):
             raise InputError(f"{file}: weights are not finite")

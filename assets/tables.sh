@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains every row of the README's tables and draws its pictures: sh assets/tables.sh [WORLD ...]
+# Trains every row of the README's tables, two controls more, and draws its pictures: sh assets/tables.sh [WORLD ...]
 #
 # The tables are of the worlds 0 and 3 to 9, because settings were chosen on 1 and 2; every seed is its world's number.
 # What is finished is not trained again and what was interrupted goes on, so the same command continues. Run folders:
