@@ -1072,6 +1072,10 @@ class Run:
             if not self.scorable:
                 print("the target has no validation labels (cityscapes/gtFine/val): this run trains and saves, but "
                       "nothing can be scored", flush=True)
+            for flag in ("iterations", "ssl_iterations"):
+                if 0 < getattr(args, flag, 0) <= getattr(args, "ramp", 0):
+                    print(f"--ramp {args.ramp} is as long as --{flag.replace('_', '-')} {getattr(args, flag)} or "
+                          "longer: the learning rate will stay far below what was asked for", flush=True)
         Run.current = self
         if world_size() > 1:
             dist.barrier()  # all have looked at the folder before anybody writes a checkpoint

@@ -929,6 +929,19 @@ def test_ramp():
     assert common.ramp(1, argparse.Namespace(ramp=0)) == 1.0
 
 
+def test_a_ramp_as_long_as_the_run_is_told(tmp_path, capsys):
+    """--preset small has a ramp of 500 steps: with --iterations 240 the rate would never have come near --lr."""
+    for name, ramp, steps, told in (("a", 500, {"iterations": 240}, ["--iterations 240"]), ("b", 39, {}, []),
+                                    ("c", 60, {"iterations": 80, "ssl_iterations": 60}, ["--ssl-iterations 60"]),
+                                    ("d", 40, {"iterations": 0, "ssl_iterations": 0}, []), ("e", 40, {}, ["40"])):
+        values = {"iterations": 40, **steps, "ramp": ramp, "out": str(tmp_path / name)}
+        common.Run("sdca", settings(**values))
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert len(lines) == len(told)
+        assert all(line.startswith(f"--ramp {ramp} is as long as --") and f"{text} or longer" in line
+                   for line, text in zip(lines, told))
+
+
 def test_files_are_written_atomically(tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
