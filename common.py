@@ -120,6 +120,7 @@ def open_image(path, what="image"):
     """The decoded PIL image of a file. Raises InputError, naming the file, if it cannot be read."""
     try:
         image = Image.open(path)
+        image.info["stored"] = image.tile[0][3] if image.tile else image.mode  # before loading unpacks it
         image.load()
         return image
     except UNREADABLE as error:
@@ -137,8 +138,10 @@ def read_image(path):
 def read_label(path):
     """uint8 (H, W): the ids of an 8-bit or palette PNG as they stand in the file, never converted to colours."""
     image = open_image(path, "label")
-    if image.format != "PNG" or image.mode not in ("L", "P"):  # a JPEG would blur ids
-        raise InputError(f"{path}: expected a PNG of 8-bit class ids, found {image.format} of mode {image.mode}")
+    stored = image.info["stored"] if image.format == "PNG" else image.mode
+    # A JPEG would blur ids, and those of a grey PNG of 2 or 4 bits (L;2, L;4) are stretched by Pillow to 0 .. 255.
+    if image.format != "PNG" or stored not in ("L", "P", "P;1", "P;2", "P;4"):
+        raise InputError(f"{path}: expected a PNG of 8-bit class ids, found {image.format} of mode {stored}")
     return np.array(image)
 
 

@@ -5,6 +5,7 @@ import colorsys
 import json
 import math
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scripts import load, run, texts
 from torch.utils.data import default_collate
-from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png16, write_synthia
+from trees import blocks, write_cityscapes, write_gta5, write_palette, write_png, write_png16, write_synthia
 
 import common
 from common import (CLASSES, SYNTHIA_13, SYNTHIA_16, Cityscapes, DeepLabV2, GTA5, InputError, MeanIoU, Synthia,
@@ -85,6 +86,22 @@ def test_gta5_reads_the_palette_index(tmp_path):
     for index, raw_id in ((0, 7), (1, 8), (2, 11), (8, 21), (10, 23), (13, 26)):
         assert np.array_equal(item["label"].numpy() == index, raw == raw_id)
     assert np.array_equal(item["label"].numpy() == 255, np.isin(raw, [0, 34, 35]))
+
+
+@pytest.mark.parametrize("bits, colour, row, ids", [
+    (4, 0, b"\x01\x78", None), (2, 0, b"\x1b", None), (1, 0, b"\x50", None),  # grey: Pillow makes 119 of the id 7
+    (8, 0, b"\x00\x01\x07\x08", [0, 1, 7, 8]), (4, 3, b"\x01\x78", [0, 1, 7, 8]), (2, 3, b"\x1b", [0, 1, 2, 3]),
+    (1, 3, b"\x50", [0, 1, 0, 1])])
+def test_label_pngs_of_few_bits(tmp_path, bits, colour, row, ids):
+    """Ids are read as they stand in the file, or not at all."""
+    path = tmp_path / "label.png"
+    write_png(path, struct.pack(">IIBBBBB", 4, 1, bits, colour, 0, 0, 0), b"\0" + row, palette=bytes(48))
+    if ids:
+        assert common.read_label(path).tolist() == [ids]
+    else:
+        found = {4: "L;4", 2: "L;2", 1: "1"}[bits]
+        with pytest.raises(InputError, match=f"label.png: expected .* 8-bit class ids, found PNG of mode {found}$"):
+            common.read_label(path)
 
 
 def test_gta5_pair_of_different_sizes(tmp_path):

@@ -9,6 +9,15 @@ import pytest
 from PIL import Image
 
 
+def write_png(path, header, data, palette=bytes(3)):
+    """A PNG of this IHDR chunk, a palette for colour type 3, and these rows, each after the number of its filter."""
+    indexed = ((b"PLTE", palette),) if header[9] == 3 else ()
+    chunks = ((b"IHDR", header), *indexed, (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    ))
+
+
 def write_png16(path, pixels, filters=(0, 1, 2, 3, 4)):
     """Writes uint16 (H, W, 3) as a 16-bit RGB PNG whose rows use the given PNG filters in turn.
 
@@ -28,13 +37,7 @@ def write_png16(path, pixels, filters=(0, 1, 2, 3, 4)):
             line.append((row[i] - (0, left, up, (left + up) // 2, paeth)[kind]) % 256)
         data, above = data + bytes([kind]) + bytes(line), row
 
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-    )
+    write_png(path, struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0), data)
 
 
 def picture(label, rng):
