@@ -771,10 +771,10 @@ def evaluate(model, dataset, args, scales=(1.0,), flip=False, visit=None):
     return result
 
 
-def scorable(args):
-    """Whether the target has labels to score with. Real data may have none: then a network is trained all the same."""
+def scorable(args, split="val"):
+    """Whether a target split has labels. Real data may have none for val: then a network is trained all the same."""
     with contextlib.suppress(InputError):
-        return args.source == "toy" or find_folder(args.data_root, "cityscapes/gtFine/val").is_dir()
+        return args.source == "toy" or find_folder(args.data_root, f"cityscapes/gtFine/{split}").is_dir()
     return False
 
 
@@ -879,7 +879,7 @@ def some(dataset, number):
 
 def comparison_panel(path, models, args, split="val", scenes=4):
     """Writes image | truth | one column per model of {title: model} for `scenes` pictures of a split of the target."""
-    classes, labelled, rows = task_classes(args.source), scorable(args), []
+    classes, labelled, rows = task_classes(args.source), scorable(args, split), []
     split = split if labelled else "train"  # without labels there may be no other, and there is no truth to show
     for item in some(target_dataset(args, split, labelled=labelled), scenes):
         label = item.get("label")

@@ -93,6 +93,14 @@ def test_world_split_size_scales_and_mirror_image_count(inside):
     assert again["0"] == scores[0] and again["1"] == scores[1]  # each its own world
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_panel_shows_the_truth_of_the_split_that_has_one(inside, split):
+    write_cityscapes(inside, splits=(split,), count=2)
+    checkpoint("a.pt", "synthia")
+    assert table("a.pt", "--data-root", ".", "--split", split, "--panel", "p.png")["a"]["miou"] > 0
+    assert Image.open("p.png").width == 3 * 324 - 4  # image | truth | a
+
+
 def test_networks_of_the_methods_own_files_are_rebuilt(inside, monkeypatch):
     checkpoint("proda.pt", "toy", cpsl.ProDANetwork, "cpsl")
     assert table("proda.pt")["proda"]["miou"] > 0
