@@ -115,10 +115,10 @@ Choices that change the method, where the sources are silent or differ (the rest
 
 Expect on the toy (mean over the README's eight worlds ± standard error): source only 30.8, + BN target 31.7,
 plain self-training 34.2, DRSL 34.5 mIoU, a gain of 0.4 ± 0.4 over plain self-training. It takes 4 minutes on two idle
-AVX2 cores, warm-up included, and 0.9 GB. In the worlds 20 to 23 three modes lose 0.3 ± 0.2 against one (at commit
-b70b40b). So several modes gain nothing: on this toy they are mostly parts of things that both domains share, not looks.
-That the labels of the last round are less noisy, as the abstract says, is hardly seen: 5.7 % of them are wrong, and
-5.8 % in plain self-training (0.2 ± 0.4 fewer).
+AVX2 cores, warm-up included, and 0.9 GB. Three modes score what one does (0.0 ± 0.1 apart), so several modes gain
+nothing: on this toy they are mostly parts of things that both domains share, not looks. That the labels of the last
+round are less noisy, as the abstract says, is hardly seen: 5.7 % of them are wrong with three modes, 5.4 % with one,
+and 5.8 % in plain self-training (0.2 ± 0.4 and 0.4 ± 0.4 fewer).
 
     python drsl.py                                                # toy world: warm-up, two rounds, table, picture
     python drsl.py --plain                                        # plain self-training, in runs/plain-toy-s0
